@@ -1,0 +1,1 @@
+"""A pair of tiny models, its fuser and the world they speak about: real transfer in seconds."""
