@@ -1,0 +1,299 @@
+"""FuserConfig: what a fuser is, and the KV shapes of the two models that it stands between."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .layer_map import layer_map as resolve_layer_map
+
+FORMAT_VERSION = 1
+ACTIVATIONS = ("gelu", "relu", "silu")
+# Bounds on what a configuration may ask for: a file from a stranger must not be able to make the
+# loader allocate without limit. Far above any published model.
+MAX_LAYERS = 1024
+MAX_WIDTH = 1 << 18
+MAX_DEPTH = 64
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """Shape of one layer's key and value cache: ``[batch, num_heads, tokens, head_dim]``."""
+
+    num_heads: int
+    head_dim: int
+
+    @property
+    def width(self) -> int:
+        """Channels of one token with all heads flattened."""
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class ModelKV:
+    """A model as the fuser sees it: who it is, and the KV shape of each of its layers.
+
+    Attributes:
+        model_type: transformers' model type, e.g. ``"qwen3"``.
+        name: hub name or directory name (never a whole path); may be empty.
+        layers: one `KVShape` per layer.
+    """
+
+    model_type: str
+    name: str
+    layers: tuple[KVShape, ...]
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelKV:
+        """Reads a transformers configuration.
+
+        ``head_dim`` is used where the configuration gives it and derived from
+        ``hidden_size / num_attention_heads`` where not; ``num_key_value_heads`` falls back to
+        ``num_attention_heads``.
+
+        Raises:
+            ValueError: the model's cache has no plain keys and values per layer (multi-head latent
+                attention, recurrent layers, layers that reuse another layer's cache), or a number
+                that is needed is missing.
+        """
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        model_type = str(getattr(text, "model_type", "") or "")
+        where = f"c2c_ext: model type {model_type!r}"
+        if getattr(text, "kv_lora_rank", None):
+            raise ValueError(
+                f"{where} uses multi-head latent attention (kv_lora_rank={text.kv_lora_rank}): "
+                "its cache holds no plain keys and values"
+            )
+        if getattr(text, "num_kv_shared_layers", 0):
+            raise ValueError(
+                f"{where} shares the cache of some layers with others "
+                f"(num_kv_shared_layers={text.num_kv_shared_layers}): not supported"
+            )
+        num_layers = getattr(text, "num_hidden_layers", None)
+        if not isinstance(num_layers, int) or not 1 <= num_layers <= MAX_LAYERS:
+            raise ValueError(f"{where}: num_hidden_layers must be in 1..{MAX_LAYERS}, got {num_layers}")
+        layer_types = getattr(text, "layer_types", None) or ["full_attention"] * num_layers
+        for i, kind in enumerate(layer_types):
+            if "attention" not in str(kind) or "linear" in str(kind):
+                raise ValueError(f"{where}: layer {i} is a {kind!r} layer, which keeps no keys and values")
+        shapes = [_layer_kv_shape(text, i, str(layer_types[i]), where) for i in range(num_layers)]
+        name = str(getattr(config, "_name_or_path", "") or "")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            name = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+        return cls(model_type, name, tuple(shapes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; layers as ``[num_heads, head_dim]`` pairs."""
+        return {
+            "model_type": self.model_type,
+            "name": self.name,
+            "kv_layers": [[s.num_heads, s.head_dim] for s in self.layers],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any, field: str) -> ModelKV:
+        """Inverse of `to_dict`; ``field`` names the place in error messages."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"FuserConfig.{field} must be an object, got {type(data).__name__}")
+        layers = data.get("kv_layers")
+        if not isinstance(layers, Sequence) or isinstance(layers, str):
+            raise ValueError(f"FuserConfig.{field}.kv_layers must be a list of [num_heads, head_dim]")
+        if not 1 <= len(layers) <= MAX_LAYERS:
+            raise ValueError(
+                f"FuserConfig.{field}.kv_layers must have 1..{MAX_LAYERS} entries, got {len(layers)}"
+            )
+        shapes = []
+        for i, pair in enumerate(layers):
+            if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+                raise ValueError(
+                    f"FuserConfig.{field}.kv_layers[{i}] must be [num_heads, head_dim], got {pair!r}"
+                )
+            heads = _checked_int(pair[0], f"{field}.kv_layers[{i}][0] (num_heads)", 1, MAX_WIDTH)
+            dim = _checked_int(pair[1], f"{field}.kv_layers[{i}][1] (head_dim)", 1, MAX_WIDTH)
+            if heads * dim > MAX_WIDTH:
+                raise ValueError(
+                    f"FuserConfig.{field}.kv_layers[{i}]: num_heads * head_dim must be at most "
+                    f"{MAX_WIDTH}, got {heads * dim}"
+                )
+            shapes.append(KVShape(heads, dim))
+        for key in ("model_type", "name"):
+            if not isinstance(data.get(key, ""), str):
+                raise ValueError(f"FuserConfig.{field}.{key} must be a string, got {data[key]!r}")
+        return cls(data.get("model_type", ""), data.get("name", ""), tuple(shapes))
+
+
+@dataclass(frozen=True)
+class FuserConfig:
+    """Everything that fixes a fuser's shape (arXiv 2510.03215, section 3).
+
+    Attributes:
+        receiver: the receiver's KV layout.
+        sharer: the sharer's KV layout.
+        layer_map: one sharer layer per receiver layer.
+        hidden_size: width of the fuser's hidden state.
+        intermediate_size: inner width of its feed-forward blocks.
+        depth: feed-forward blocks on the way from input to projection plus one, at least 3:
+            one shared block, then ``depth - 2`` projection blocks (published ``num_layers``).
+        activation: ``"gelu"`` (exact), ``"relu"`` or ``"silu"``.
+        dropout: probability, training only.
+        gate_init: initial value of every gate logit; a gate is open iff its logit is > 0.
+        format_version: of fuser_config.json.
+    """
+
+    receiver: ModelKV
+    sharer: ModelKV
+    layer_map: tuple[int, ...]
+    hidden_size: int = 1024
+    intermediate_size: int = 1024
+    depth: int = 3
+    activation: str = "gelu"
+    dropout: float = 0.1
+    gate_init: float = 1.0
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        mapped = resolve_layer_map(len(self.receiver.layers), len(self.sharer.layers), self.layer_map)
+        object.__setattr__(self, "layer_map", tuple(mapped))
+        _checked_int(self.hidden_size, "hidden_size", 1, MAX_WIDTH)
+        _checked_int(self.intermediate_size, "intermediate_size", 1, MAX_WIDTH)
+        _checked_int(self.depth, "depth", 3, MAX_DEPTH)
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"FuserConfig.activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
+            )
+        dropout = _checked_float(self.dropout, "dropout")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"FuserConfig.dropout must be in [0, 1), got {self.dropout}")
+        object.__setattr__(self, "dropout", dropout)
+        object.__setattr__(self, "gate_init", _checked_float(self.gate_init, "gate_init"))
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"FuserConfig.format_version must be {FORMAT_VERSION}, got {self.format_version!r}: "
+                "written by another version of c2c_ext"
+            )
+
+    @classmethod
+    def for_models(
+        cls,
+        receiver_config: Any,
+        sharer_config: Any,
+        *,
+        layer_map: str | Sequence[int] = "last_aligned",
+        hidden_size: int = 1024,
+        intermediate_size: int | None = None,
+        depth: int = 3,
+        activation: str = "gelu",
+        dropout: float = 0.1,
+        gate_init: float = 1.0,
+    ) -> FuserConfig:
+        """Configuration of a fuser between two transformers models, from their configurations.
+
+        Args:
+            receiver_config: the receiver's transformers configuration.
+            sharer_config: the sharer's.
+            layer_map: a strategy of `c2c_ext.layer_map` or one sharer layer per receiver layer.
+            intermediate_size: defaults to ``hidden_size``.
+
+        Raises:
+            ValueError: a model whose cache has no plain keys and values, or a value out of range.
+        """
+        receiver, sharer = ModelKV.from_config(receiver_config), ModelKV.from_config(sharer_config)
+        return cls(
+            receiver=receiver,
+            sharer=sharer,
+            layer_map=tuple(resolve_layer_map(len(receiver.layers), len(sharer.layers), layer_map)),
+            hidden_size=hidden_size,
+            intermediate_size=hidden_size if intermediate_size is None else intermediate_size,
+            depth=depth,
+            activation=activation,
+            dropout=dropout,
+            gate_init=gate_init,
+        )
+
+    def layer_shapes(self, layer: int) -> tuple[KVShape, KVShape]:
+        """(sharer, receiver) KV shapes that receiver layer ``layer`` fuses."""
+        return self.sharer.layers[self.layer_map[layer]], self.receiver.layers[layer]
+
+    def shape_groups(self) -> list[list[int]]:
+        """Receiver layers with equal (sharer, receiver) KV shapes, grouped; by first layer."""
+        groups: dict[tuple[KVShape, KVShape], list[int]] = {}
+        for layer in range(len(self.receiver.layers)):
+            groups.setdefault(self.layer_shapes(layer), []).append(layer)
+        return list(groups.values())
+
+    def to_json(self) -> str:
+        """The text of fuser_config.json."""
+        data = asdict(self)
+        data["receiver"], data["sharer"] = self.receiver.to_dict(), self.sharer.to_dict()
+        data["layer_map"] = list(self.layer_map)
+        return json.dumps(data, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Any) -> FuserConfig:
+        """Inverse of `to_json` after parsing; unknown keys warn, missing optional ones default.
+
+        Raises:
+            ValueError: a required key is missing or a value is out of range; names the key.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"FuserConfig: expected a JSON object, got {type(data).__name__}")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"FuserConfig.format_version must be {FORMAT_VERSION}, got {version!r}: "
+                "not a fuser_config.json of this version of c2c_ext"
+            )
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(map(str, data)) - known)
+        if unknown:
+            warnings.warn(f"FuserConfig: unknown keys ignored: {', '.join(unknown)}", stacklevel=2)
+        for key in ("receiver", "sharer", "layer_map", "hidden_size", "intermediate_size"):
+            if key not in data:
+                raise ValueError(f"FuserConfig.{key} is missing")
+        values = {k: v for k, v in data.items() if k in known}
+        values["receiver"] = ModelKV.from_dict(data["receiver"], "receiver")
+        values["sharer"] = ModelKV.from_dict(data["sharer"], "sharer")
+        if not isinstance(data["layer_map"], list):
+            raise ValueError(f"FuserConfig.layer_map must be a list, got {data['layer_map']!r}")
+        values["layer_map"] = tuple(data["layer_map"])
+        return cls(**values)
+
+
+def _layer_kv_shape(text: Any, layer: int, layer_type: str, where: str) -> KVShape:
+    per_layer = getattr(text, "per_layer_config", None)
+    config = per_layer[layer] if per_layer is not None else text
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    dim = getattr(config, "head_dim", None)
+    if per_layer is None and layer_type == "full_attention":
+        # Gemma 4 before per_layer_config existed: global layers have their own numbers.
+        dim = getattr(text, "global_head_dim", None) or dim
+        heads = getattr(text, "num_global_key_value_heads", None) or heads
+    if dim is None:
+        hidden = getattr(config, "hidden_size", None)
+        attention_heads = getattr(config, "num_attention_heads", None)
+        if not hidden or not attention_heads:
+            raise ValueError(f"{where}: layer {layer} has neither head_dim nor hidden_size / num_attention_heads")
+        dim = hidden // attention_heads
+    if not heads:
+        raise ValueError(f"{where}: layer {layer} has neither num_key_value_heads nor num_attention_heads")
+    return KVShape(int(heads), int(dim))
+
+
+def _checked_int(value: Any, name: str, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"FuserConfig.{name} must be an int, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"FuserConfig.{name} must be in {low}..{high}, got {value}")
+    return value
+
+
+def _checked_float(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise ValueError(f"FuserConfig.{name} must be a number, got {value!r}")
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"FuserConfig.{name} must be finite, got {value!r}")
+    return float(value)

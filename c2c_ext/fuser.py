@@ -1,0 +1,237 @@
+"""Fuser: the learned network between two KV-caches, as an nn.Module, and its packed form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import FuserConfig, KVShape
+from .packed import PackedFuser, pack_fuser
+from .reference import BlockWeights, StreamWeights
+
+KINDS = ("key", "value")
+
+
+class FuserGroup(nn.Module):
+    """Parameters of all streams of one shape group, stacked along dim 0.
+
+    Stream ``2 * i + k`` belongs to the group's i-th layer; k = 0 for keys, 1 for values.
+    """
+
+    def __init__(self, config: FuserConfig, layers: list[int]) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        sharer, receiver = config.layer_shapes(layers[0])
+        self.sharer_shape: KVShape = sharer
+        self.receiver_shape: KVShape = receiver
+        for name, shape in group_parameter_shapes(config, layers).items():
+            setattr(self, name, nn.Parameter(torch.empty(shape)))
+        self.reset_parameters(config.gate_init)
+
+    def reset_parameters(self, gate_init: float) -> None:
+        """PyTorch's default initialisation of linear layers; norms 1; gates ``gate_init``."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("_norm"):
+                    parameter.fill_(1.0)
+                elif name == "gate_logit":
+                    parameter.fill_(gate_init)
+                else:
+                    matrix = getattr(self, name.replace("_bias", "_weight"))
+                    bound = matrix.shape[-1] ** -0.5
+                    parameter.uniform_(-bound, bound)
+
+    def stream(self, index: int, dtype: torch.dtype | None = None) -> StreamWeights:
+        """Views of stream ``index`` (position in this group), optionally cast."""
+
+        def at(parameter: Tensor) -> Tensor:
+            return parameter[index].to(dtype) if dtype is not None else parameter[index]
+
+        proj_norm, proj_w1, proj_w2 = at(self.proj_norm), at(self.proj_w1), at(self.proj_w2)
+        return StreamWeights(
+            in_weight=at(self.in_weight),
+            in_bias=at(self.in_bias),
+            shared=BlockWeights(at(self.shared_norm), at(self.shared_w1), at(self.shared_w2)),
+            proj=[BlockWeights(*ws) for ws in zip(proj_norm, proj_w1, proj_w2, strict=True)],
+            out_weight=at(self.out_weight),
+            out_bias=at(self.out_bias),
+            weight=BlockWeights(at(self.weight_norm), at(self.weight_w1), at(self.weight_w2)),
+            head_weight=at(self.head_weight),
+            head_bias=at(self.head_bias),
+            gate_logit=at(self.gate_logit),
+        )
+
+
+class Fuser(nn.Module):
+    """A fuser from one sharer to one receiver (arXiv 2510.03215, section 3).
+
+    Parameters live in ``groups`` (`FuserGroup`), stacked per shape group. `c2c_ext.fuse` and
+    attached models use the packed form, built on first use for a dtype and device and rebuilt
+    when any parameter has been written to, replaced, cast or moved. Writes through ``.data`` (or
+    to inference tensors) leave no trace that PyTorch reports: call `repack` after them.
+
+    Args:
+        config: shapes, layer map and initial values.
+    """
+
+    def __init__(self, config: FuserConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.groups = nn.ModuleList(FuserGroup(config, layers) for layers in config.shape_groups())
+        self._place = {
+            layer: (g, i) for g, group in enumerate(self.groups) for i, layer in enumerate(group.layers)
+        }
+        self._packs: dict[tuple[torch.dtype, torch.device], tuple[Any, PackedFuser]] = {}
+
+    def stream(self, layer: int, kind: str, dtype: torch.dtype | None = None) -> StreamWeights:
+        """Parameter views of one stream.
+
+        Args:
+            layer: receiver layer.
+            kind: ``"key"`` or ``"value"``.
+            dtype: cast to, if given.
+
+        Raises:
+            ValueError: no such layer or kind.
+        """
+        if layer not in self._place:
+            raise ValueError(f"Fuser.stream: layer must be in 0..{len(self._place) - 1}, got {layer}")
+        if kind not in KINDS:
+            raise ValueError(f"Fuser.stream: kind must be 'key' or 'value', got {kind!r}")
+        group, index = self._place[layer]
+        return self.groups[group].stream(2 * index + KINDS.index(kind), dtype)
+
+    def open_streams(self) -> list[tuple[int, str]]:
+        """(receiver layer, kind) of every stream whose gate logit is > 0. Reads the gates on the host."""
+        is_open = {}
+        for group in self.groups:
+            for stream, flag in enumerate((group.gate_logit > 0).tolist()):
+                is_open[group.layers[stream // 2], KINDS[stream % 2]] = flag
+        return [stream for stream in sorted(is_open) if is_open[stream]]
+
+    def packed(self, dtype: torch.dtype, device: torch.device) -> PackedFuser:
+        """The packed form for caches of ``dtype`` on ``device``; rebuilt when stale.
+
+        Under `torch.compile` the form that exists is used as it is, without looking at the
+        parameters, so call ``fuser.packed(dtype, device)`` once before compiling.
+
+        Raises:
+            RuntimeError: inside `torch.compile` before the packed form was built.
+        """
+        key = (dtype, device)
+        if torch.compiler.is_compiling():
+            if key not in self._packs:
+                raise RuntimeError(
+                    f"c2c_ext: call fuser.packed({dtype}, torch.device('{device}')) once before torch.compile"
+                )
+            return self._packs[key][1]
+        state = self._state()
+        held = self._packs.get(key)
+        if held is None or held[0] != state:
+            held = (state, pack_fuser(self, dtype, device))
+            self._packs[key] = held
+        return held[1]
+
+    def repack(self) -> None:
+        """Forgets every packed form; the next use builds anew from the parameters."""
+        self._packs.clear()
+
+    def _state(self) -> tuple:
+        # Identity, version and place of every parameter: changes with any write that autograd tracks.
+        return tuple(
+            (id(p), -1 if p.is_inference() else p._version, p.data_ptr(), p.dtype, p.device)
+            for p in self.parameters()
+        )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Fuser:
+        self.repack()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packs": {}}
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return (
+            f"{c.sharer.model_type or '?'} -> {c.receiver.model_type or '?'}, "
+            f"{2 * len(c.layer_map)} streams, hidden_size={c.hidden_size}, depth={c.depth}"
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes fuser_config.json and fuser.safetensors; each file appears whole or not at all.
+
+        Raises:
+            ValueError: a parameter is NaN or infinite; names it. Nothing is written.
+            NotADirectoryError: ``save_directory`` is an existing file.
+        """
+        from .serialization import save_fuser
+
+        save_fuser(self, save_directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike) -> Fuser:
+        """Loads what `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: the directory or one of its two files is missing.
+            ValueError: a tensor is missing, surplus, misshapen, of another dtype, NaN or
+                infinite, or a configuration value is out of range; the message names it.
+        """
+        from .serialization import load_fuser
+
+        return load_fuser(directory)
+
+    @classmethod
+    def from_published(
+        cls, directory: str | os.PathLike, *, receiver_config: Any = None, sharer_config: Any = None
+    ) -> Fuser:
+        """Loads a fuser in the on-disk format of the public research code.
+
+        Args:
+            directory: holds ``projector_config.json`` and ``projector_{i}.pt/.json``.
+            receiver_config, sharer_config: transformers configurations. The format does not store
+                the sharer's layer count or either model's identity: given, they are recorded and
+                checked; otherwise the highest sharer layer in use is taken as its last.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: anything missing, surplus, misshapen, NaN or contradictory; names it.
+        """
+        from .published import load_published
+
+        return load_published(directory, receiver_config=receiver_config, sharer_config=sharer_config)
+
+
+def group_parameter_shapes(config: FuserConfig, layers: list[int]) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape of the shape group that holds ``layers``; dim 0 is the stream."""
+    sharer, receiver = config.layer_shapes(layers[0])
+    g, h, m, p = 2 * len(layers), config.hidden_size, config.intermediate_size, config.depth - 2
+    return {
+        "in_weight": (g, h, sharer.width + receiver.width),
+        "in_bias": (g, h),
+        "shared_norm": (g, h),
+        "shared_w1": (g, m, h),
+        "shared_w2": (g, h, m),
+        "proj_norm": (g, p, h),
+        "proj_w1": (g, p, m, h),
+        "proj_w2": (g, p, h, m),
+        "out_weight": (g, receiver.width, h),
+        "out_bias": (g, receiver.width),
+        "weight_norm": (g, h),
+        "weight_w1": (g, h, h),
+        "weight_w2": (g, h, h),
+        "head_weight": (g, receiver.num_heads, h),
+        "head_bias": (g, receiver.num_heads),
+        "gate_logit": (g,),
+    }
+
+
+def parameter_shapes(config: FuserConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(state-dict name, shape) of every parameter, without allocating any."""
+    for g, layers in enumerate(config.shape_groups()):
+        for name, shape in group_parameter_shapes(config, layers).items():
+            yield f"groups.{g}.{name}", shape

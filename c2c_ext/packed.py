@@ -1,0 +1,140 @@
+"""PackedFuser: the inference form of a fuser. Closed streams dropped, linear maps folded.
+
+What folds, exactly: each norm's gain into the map behind it; the two maps that read the shared
+block's output into one; the last W2 of a branch into that branch's output map (the projection's only
+where that adds no work). Folded in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .fuser import Fuser, FuserGroup
+
+
+@dataclass
+class PackedGroup:
+    """The open streams of one shape group: ``num_keys`` key streams, then the value streams."""
+
+    layers: list[int]  # receiver layer of each stream
+    sources: list[int]  # sharer layer of each stream
+    num_keys: int
+    in_weight: Tensor  # [G, hidden, sharer width + receiver width]
+    in_bias: Tensor  # [G, hidden]
+    w1: Tensor  # [G, inner, hidden], shared block
+    w2: Tensor  # [G, hidden, inner]
+    branch_w1: Tensor  # [G, inner + hidden, hidden]: first projection block, then weighting
+    deep_w2: list[Tensor]  # [G, hidden, inner] of every projection block that is not folded
+    deep_w1: list[Tensor]  # [G, inner, hidden] of every projection block but the first
+    out_weight: Tensor  # [G, width, inner + hidden] if the last W2 is folded, else [G, width, hidden]
+    out_bias: Tensor  # [G, width]
+    head_weight: Tensor  # [G, heads, hidden + hidden], reads [z1 ; act]
+    head_bias: Tensor  # [G, heads]
+
+    def tensors(self) -> list[Tensor]:
+        """All weights."""
+        return [
+            *(self.in_weight, self.in_bias, self.w1, self.w2, self.branch_w1),
+            *(*self.deep_w2, *self.deep_w1),
+            *(self.out_weight, self.out_bias, self.head_weight, self.head_bias),
+        ]
+
+
+@dataclass
+class PackedFuser:
+    """Packed groups with at least one open stream, and what the op needs beside them."""
+
+    groups: list[PackedGroup]
+    activation: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed weights."""
+        return sum(t.nbytes for group in self.groups for t in group.tensors())
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The packed weights' dtype for caches of ``dtype``.
+
+    The caches' own, except that the CPU computes bfloat16 and float16 caches in float32: stock
+    half-precision batched GEMMs are many times slower there than float32 ones.
+    """
+    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        return torch.float32
+    return dtype
+
+
+def pack_fuser(fuser: Fuser, dtype: torch.dtype, device: torch.device) -> PackedFuser:
+    """Folds and stacks the open streams of ``fuser`` for caches of ``dtype`` on ``device``."""
+    # Outside inference mode, so that a pack built under it can be used anywhere.
+    with torch.inference_mode(False), torch.no_grad():
+        groups = []
+        for group in fuser.groups:
+            streams = _open_streams(group)
+            if streams:
+                groups.append(
+                    _pack_group(fuser, group, streams, compute_dtype(dtype, device), device)
+                )
+    return PackedFuser(groups, fuser.config.activation)
+
+
+def _open_streams(group: FuserGroup) -> list[int]:
+    """Indices of the group's open streams, keys first."""
+    is_open = (group.gate_logit > 0).tolist()
+    return [g for kind in (0, 1) for g in range(kind, len(is_open), 2) if is_open[g]]
+
+
+def _pack_group(
+    fuser: Fuser, group: FuserGroup, streams: list[int], dtype: torch.dtype, device: torch.device
+) -> PackedGroup:
+    config = fuser.config
+    layers = [group.layers[g // 2] for g in streams]
+    stacked: dict[str, Tensor] = {}
+    for i, g in enumerate(streams):  # one at a time: only one stream's float64 copies are alive
+        for name, tensor in _fold_stream(group, g).items():
+            if i == 0:
+                shape = (len(streams), *tensor.shape)
+                stacked[name] = torch.empty(shape, dtype=dtype, device=device)
+            stacked[name][i].copy_(tensor)
+
+    def series(name: str) -> list[Tensor]:
+        return [stacked[key] for key in sorted(stacked) if key.startswith(name)]
+
+    return PackedGroup(
+        layers=layers,
+        sources=[config.layer_map[layer] for layer in layers],
+        num_keys=sum(g % 2 == 0 for g in streams),
+        deep_w2=series("deep_w2."),
+        deep_w1=series("deep_w1."),
+        **{name: t for name, t in stacked.items() if not name.startswith("deep_")},
+    )
+
+
+def _fold_stream(group: FuserGroup, index: int) -> dict[str, Tensor]:
+    w = group.stream(index, dtype=torch.float64)
+    first, last = w.proj[0], w.proj[-1]
+    deep_w2 = [block.w2 for block in w.proj]
+    if w.out_weight.shape[0] <= w.out_weight.shape[1]:
+        out_weight = torch.cat([w.out_weight @ last.w2, w.out_weight], dim=1)
+        deep_w2.pop()
+    else:
+        out_weight = w.out_weight
+    folded = {
+        "in_weight": w.in_weight,
+        "in_bias": w.in_bias,
+        "w1": w.shared.w1 * w.shared.norm,
+        "w2": w.shared.w2,
+        "branch_w1": torch.cat([first.w1 * first.norm, w.weight.w1 * w.weight.norm]),
+        "out_weight": out_weight,
+        "out_bias": w.out_bias,
+        "head_weight": torch.cat([w.head_weight, w.head_weight @ w.weight.w2], dim=1),
+        "head_bias": w.head_bias,
+    }
+    folded.update({f"deep_w2.{i:03d}": w2 for i, w2 in enumerate(deep_w2)})
+    folded.update({f"deep_w1.{i:03d}": b.w1 * b.norm for i, b in enumerate(w.proj[1:])})
+    return folded
