@@ -44,6 +44,7 @@ NUM_ATTRIBUTES = len(ATTRIBUTES)
 NUM_VALUES = 8
 
 KINDS = ("is", "rivals")
+IS, RIVALS = range(len(KINDS))
 SPECIAL = ("<pad>", "<bos>", ":", "question", *KINDS)
 _FIRST = "Al Bar Ben Cor Dal El Fen Gar Hal Il Jor Kel Lor Mar Nor Or Per Ros Sel Tor".split()
 _LAST = "an bin da dric eth fa gar ia ken lea lin mo na ory ric sa ton va win zor".split()
@@ -119,14 +120,12 @@ class World:
         """Token ids [400] of the entities' names."""
         return torch.tensor(encode(self.names))
 
-    def answers(self, entities: Tensor, attributes: Tensor, kind: str) -> Tensor:
-        """Values that answer `question : kind attribute`; entities and attributes broadcast."""
-        facts = self.facts[entities, attributes]
-        return self.rivals(attributes, facts) if kind == "rivals" else facts
+    def answers(self, kinds: Tensor, attributes: Tensor, facts: Tensor) -> Tensor:
+        """The values that answer questions of these kinds (places in `KINDS`), given the facts.
 
-    def rivals(self, attributes: Tensor, values: Tensor) -> Tensor:
-        """The rivals of these values of these attributes."""
-        return self.rival_of[attributes, values]
+        All [B]; a fact is the value that the form or the knowledge base gives the attribute.
+        """
+        return torch.where(kinds == IS, facts, self.rival_of[attributes, facts])
 
     def blank_form(self, entities: Tensor, attributes: Tensor) -> Tensor:
         """Token ids [B, 3 + K] of `<bos> E : A1 ... AK`."""

@@ -1,0 +1,304 @@
+"""How well the demo's pair answers about held-out entities: every mode, and its controls.
+
+Each function takes all its questions as one batch. An answer is the largest of eight logits, those
+of the asked attribute's values, at the prompt's last word.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
+
+from c2c_ext import reference
+from c2c_ext.demo import world as w
+from c2c_ext.fuser import Fuser
+
+FORM_SIZES = (3, 6, 12)
+KV = list[tuple[Tensor, Tensor]]  # key and value [B, H, N, D] of every layer
+
+
+@dataclass
+class Pair:
+    """A receiver, a sharer and the fuser between them, with the world they were trained on."""
+
+    world: w.World
+    receiver: PreTrainedModel
+    sharer: PreTrainedModel
+    fuser: Fuser
+
+
+def load_pair(directory: str | Path, seed: int) -> Pair:
+    """The pair saved by `c2c_ext.demo.train` for that seed, in float32, ready to answer."""
+    directory = Path(directory)
+    models = [
+        LlamaForCausalLM.from_pretrained(directory / name, dtype=torch.float32)
+        for name in ("receiver", "sharer")
+    ]
+    fuser = Fuser.from_pretrained(directory / "fuser").float()
+    return Pair(w.make_world(seed), *(m.eval().requires_grad_(False) for m in (*models, fuser)))
+
+
+@dataclass
+class Questions:
+    """Questions [Q], each with its form of K attributes."""
+
+    entities: Tensor  # [Q]
+    attributes: Tensor  # [Q, K]
+    asked: Tensor  # [Q], one of the form's attributes
+    kinds: Tensor  # [Q], places in `KINDS`
+
+    @property
+    def size(self) -> int:
+        """K, the number of attributes in each form."""
+        return self.attributes.shape[1]
+
+    def question(self) -> Tensor:
+        """Token ids [Q, 4] of `question : KIND A`."""
+        return w.question(self.kinds, self.asked)
+
+    def answers(self, world: w.World, entities: Tensor | None = None) -> Tensor:
+        """The right values [Q], or those that would be right for other entities [Q]."""
+        facts = world.facts[self.entities if entities is None else entities, self.asked]
+        return world.answers(self.kinds, self.asked, facts)
+
+
+def random_forms(asked: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Forms [Q, size] of different attributes in random order, the asked one [Q] among them."""
+    order = torch.rand(len(asked), w.NUM_ATTRIBUTES, generator=generator)
+    order.scatter_(1, asked[:, None], -1.0)
+    chosen = order.argsort(dim=1)[:, :size]
+    return chosen.gather(1, torch.rand(chosen.shape, generator=generator).argsort(dim=1))
+
+
+def held_out_questions(world: w.World, kind: str, size: int, seed: int = 0) -> Questions:
+    """All 960 questions of a kind about held-out entities, each with a random form."""
+    entities = world.held_out.repeat_interleave(w.NUM_ATTRIBUTES)
+    asked = torch.arange(w.NUM_ATTRIBUTES).repeat(len(world.held_out))
+    forms = random_forms(asked, size, torch.Generator().manual_seed(1000 * seed + size))
+    kinds = torch.full_like(asked, w.KINDS.index(kind))
+    return Questions(entities, forms, asked, kinds)
+
+
+def prefill(model: PreTrainedModel, ids: Tensor) -> KV:
+    """The KV of token ids [B, N] as the model itself computes it."""
+    cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def continue_from(model: PreTrainedModel, kv: KV, ids: Tensor) -> Tensor:
+    """Logits [B, vocabulary] after token ids [B, N] that follow a cache; gradients flow."""
+    cache = DynamicCache()
+    for layer, (key, value) in enumerate(kv):
+        cache.update(key, value, layer)
+    return model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+
+
+def of_values(logits: Tensor, asked: Tensor) -> Tensor:
+    """The logits [B, 8] of the asked attributes' [B] values, out of [B, vocabulary]."""
+    return logits.gather(1, w.value_ids(asked[:, None], torch.arange(w.NUM_VALUES)))
+
+
+def fuse_form(
+    receiver_kv: KV,
+    sharer_kv: KV,
+    fuser: Fuser,
+    size: int,
+    gates: Sequence[tuple[Tensor, Tensor]] | None = None,
+) -> KV:
+    """The receiver's KV with its K attribute positions fused from the sharer's, all others kept."""
+    form = slice(w.FORM_START, w.FORM_START + size)
+    fused = reference.fuse(
+        [(key[:, :, form], value[:, :, form]) for key, value in receiver_kv],
+        [(key[:, :, form], value[:, :, form]) for key, value in sharer_kv],
+        fuser,
+        gates=gates,
+    )
+    return [
+        tuple(
+            torch.cat([own[:, :, : form.start], new, own[:, :, form.stop :]], dim=2)
+            for own, new in zip(clean, layer, strict=True)
+        )
+        for clean, layer in zip(receiver_kv, fused, strict=True)
+    ]
+
+
+@torch.no_grad()
+def answer_alone(model: PreTrainedModel, world: w.World, questions: Questions) -> Tensor:
+    """One model reads form and question: logits [Q, 8]."""
+    form = world.blank_form(questions.entities, questions.attributes)
+    prompt = torch.cat([form, questions.question()], dim=1)
+    return of_values(model(input_ids=prompt, logits_to_keep=1).logits[:, -1], questions.asked)
+
+
+@torch.no_grad()
+def answer_c2c(pair: Pair, questions: Questions, sharer_kv: KV | None = None) -> Tensor:
+    """The receiver answers on the fused cache: logits [Q, 8].
+
+    `sharer_kv` replaces the sharer's own reading of the form (the controls do that).
+    """
+    form = pair.world.blank_form(questions.entities, questions.attributes)
+    prompt = torch.cat([form, questions.question()], dim=1)
+    if sharer_kv is None:
+        sharer_kv = prefill(pair.sharer, form)
+    clean = prefill(pair.receiver, prompt[:, :-1])
+    fused = fuse_form(clean, sharer_kv, pair.fuser, questions.size)
+    return of_values(continue_from(pair.receiver, fused, prompt[:, -1:]), questions.asked)
+
+
+@torch.no_grad()
+def write_form(sharer: PreTrainedModel, world: w.World, entities: Tensor, forms: Tensor) -> Tensor:
+    """The values [B, K] that the sharer writes into forms [B, K], one after the other."""
+    written: list[Tensor] = []
+    cache = DynamicCache()
+    ids = world.blank_form(entities, forms[:, :1])
+    for k in range(forms.shape[1]):
+        if k:
+            value = w.value_ids(forms[:, k - 1], written[-1])
+            ids = torch.stack([value, forms[:, k] + w.FIRST_ATTRIBUTE], dim=1)
+        logits = sharer(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        written.append(of_values(logits, forms[:, k]).argmax(dim=1))
+    return torch.stack(written, dim=1)
+
+
+@torch.no_grad()
+def read_values(sharer: PreTrainedModel, world: w.World, entities: Tensor, forms: Tensor) -> Tensor:
+    """The values [B, K] that one prefill of the blank forms [B, K] gives, all slots at once."""
+    logits = sharer(input_ids=world.blank_form(entities, forms)).logits[:, w.FORM_START :]
+    return of_values(logits.flatten(0, 1), forms.flatten()).argmax(dim=1).view(forms.shape)
+
+
+@torch.no_grad()
+def answer_t2t(pair: Pair, questions: Questions, write: Callable[..., Tensor]) -> Tensor:
+    """The sharer fills in the whole form, the receiver reads it and answers: logits [Q, 8].
+
+    `write` is `write_form`, as text is written, or `read_values`, which these one-word values
+    allow: as cheap as the cache.
+    """
+    values = write(pair.sharer, pair.world, questions.entities, questions.attributes)
+    form = pair.world.filled_form(questions.entities, questions.attributes, values)
+    prompt = torch.cat([form, questions.question()], dim=1)
+    logits = pair.receiver(input_ids=prompt, logits_to_keep=1).logits[:, -1]
+    return of_values(logits, questions.asked)
+
+
+@torch.no_grad()
+def answer_mismatched(pair: Pair, questions: Questions, seed: int) -> Tensor:
+    """C2C on the cache of another question, about another entity: logits [Q, 8].
+
+    The other entities are train entities: among those each value is equally frequent, whereas the
+    held-out entities other than the asked one hold its value less often than one time in eight.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = len(questions.asked)
+    entities = torch.randint(w.NUM_TRAIN, (count,), generator=generator)
+    asked = torch.randint(w.NUM_ATTRIBUTES, (count,), generator=generator)
+    forms = random_forms(asked, questions.size, generator)
+    other = prefill(pair.sharer, pair.world.blank_form(entities, forms))
+    return answer_c2c(pair, questions, other)
+
+
+@torch.no_grad()
+def answer_zero(pair: Pair, questions: Questions) -> Tensor:
+    """C2C on a sharer cache of zeros: logits [Q, 8]."""
+    form = pair.world.blank_form(questions.entities, questions.attributes)
+    zero = [(torch.zeros_like(k), torch.zeros_like(v)) for k, v in prefill(pair.sharer, form)]
+    return answer_c2c(pair, questions, zero)
+
+
+@torch.no_grad()
+def answer_swapped(pair: Pair, questions: Questions) -> tuple[Tensor, Tensor]:
+    """C2C on the same form's cache about another held-out entity: logits [Q, 8], its answers [Q].
+
+    The other entity is the next one that has a different value of the asked attribute.
+    """
+    world, asked = pair.world, questions.asked
+    others = questions.entities.clone()
+    for _ in world.held_out:
+        same = world.facts[others, asked] == world.facts[questions.entities, asked]
+        following = (others + 1 - w.NUM_TRAIN) % w.NUM_HELD_OUT + w.NUM_TRAIN
+        others = torch.where(same, following, others)
+    cache = prefill(pair.sharer, world.blank_form(others, questions.attributes))
+    logits = answer_c2c(pair, questions, cache)
+    return logits, questions.answers(world, others)
+
+
+def chance_interval(count: int, level: float = 0.95) -> tuple[int, int]:
+    """The central interval of right answers out of `count` that guessing gives with `level`.
+
+    Exact: each tail outside of it has at most (1 - level) / 2 of the binomial distribution.
+    """
+    p, tail = 1 / w.NUM_VALUES, (1 - level) / 2
+    pmf = [math.comb(count, k) * p**k * (1 - p) ** (count - k) for k in range(count + 1)]
+    low = next(k for k in range(count + 1) if math.fsum(pmf[: k + 1]) > tail)
+    high = next(k for k in range(count, -1, -1) if math.fsum(pmf[k:]) > tail)
+    return low, high
+
+
+MODES = (
+    *("receiver", "sharer", "routing", "T2T", "T2T at once"),
+    *("C2C", "mismatched", "zero", "swapped"),
+)
+AT_CHANCE = ("receiver", "mismatched", "zero")  # what must know nothing
+
+
+def evaluate(pair: Pair, kind: str, size: int, seed: int = 0) -> dict[str, int]:
+    """Right answers per mode to all held-out questions of a kind with forms of `size`.
+
+    `swapped` counts answers that are right for the entity whose cache was given; `questions` is
+    the number of questions.
+    """
+    questions = held_out_questions(pair.world, kind, size, seed)
+    truth = questions.answers(pair.world)
+
+    def right(logits: Tensor, truth: Tensor = truth) -> int:
+        return int((logits.argmax(dim=1) == truth).sum())
+
+    receiver = answer_alone(pair.receiver, pair.world, questions)
+    sharer = answer_alone(pair.sharer, pair.world, questions)
+    confidence = [logits.softmax(dim=1).amax(dim=1) for logits in (receiver, sharer)]
+    routing = torch.where((confidence[0] >= confidence[1])[:, None], receiver, sharer)
+    return {
+        "questions": len(truth),
+        "receiver": right(receiver),
+        "sharer": right(sharer),
+        "routing": right(routing),
+        "T2T": right(answer_t2t(pair, questions, write_form)),
+        "T2T at once": right(answer_t2t(pair, questions, read_values)),
+        "C2C": right(answer_c2c(pair, questions)),
+        "mismatched": right(answer_mismatched(pair, questions, 1000 * seed + size)),
+        "zero": right(answer_zero(pair, questions)),
+        "swapped": right(*answer_swapped(pair, questions)),
+    }
+
+
+def evaluate_all(pair: Pair, seed: int = 0) -> list[dict]:
+    """`evaluate` for every form size and kind, one row each."""
+    return [
+        {"kind": kind, "size": size, **evaluate(pair, kind, size, seed)}
+        for size in FORM_SIZES
+        for kind in w.KINDS
+    ]
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The rows of `evaluate_all` as a Markdown table, one line per mode, `is / rivals` a cell."""
+    sizes = sorted({row["size"] for row in rows})
+    count = rows[0]["questions"]
+    low, high = chance_interval(count)
+    lines = [
+        f"| right of {count} (is / rivals) | " + " | ".join(f"K = {size}" for size in sizes) + " |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    for mode in MODES:
+        cells = [
+            " / ".join(str(row[mode]) for row in rows if row["size"] == size) for size in sizes
+        ]
+        lines.append(f"| {mode} | " + " | ".join(cells) + " |")
+    lines.append(f"\nGuessing: {count // w.NUM_VALUES}, 95% of the time {low} to {high}.")
+    return "\n".join(lines)
