@@ -60,7 +60,9 @@ class ModelKV:
                 attention, recurrent layers, layers that reuse another layer's cache), or a number
                 that is needed is missing.
         """
-        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        text = (
+            config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        )
         model_type = str(getattr(text, "model_type", "") or "")
         where = f"c2c_ext: model type {model_type!r}"
         if getattr(text, "kv_lora_rank", None):
@@ -75,11 +77,15 @@ class ModelKV:
             )
         num_layers = getattr(text, "num_hidden_layers", None)
         if not isinstance(num_layers, int) or not 1 <= num_layers <= MAX_LAYERS:
-            raise ValueError(f"{where}: num_hidden_layers must be in 1..{MAX_LAYERS}, got {num_layers}")
+            raise ValueError(
+                f"{where}: num_hidden_layers must be in 1..{MAX_LAYERS}, got {num_layers}"
+            )
         layer_types = getattr(text, "layer_types", None) or ["full_attention"] * num_layers
         for i, kind in enumerate(layer_types):
             if "attention" not in str(kind) or "linear" in str(kind):
-                raise ValueError(f"{where}: layer {i} is a {kind!r} layer, which keeps no keys and values")
+                raise ValueError(
+                    f"{where}: layer {i} is a {kind!r} layer, which keeps no keys and values"
+                )
         shapes = [_layer_kv_shape(text, i, str(layer_types[i]), where) for i in range(num_layers)]
         name = str(getattr(config, "_name_or_path", "") or "")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -101,7 +107,9 @@ class ModelKV:
             raise ValueError(f"FuserConfig.{field} must be an object, got {type(data).__name__}")
         layers = data.get("kv_layers")
         if not isinstance(layers, Sequence) or isinstance(layers, str):
-            raise ValueError(f"FuserConfig.{field}.kv_layers must be a list of [num_heads, head_dim]")
+            raise ValueError(
+                f"FuserConfig.{field}.kv_layers must be a list of [num_heads, head_dim]"
+            )
         if not 1 <= len(layers) <= MAX_LAYERS:
             raise ValueError(
                 f"FuserConfig.{field}.kv_layers must have 1..{MAX_LAYERS} entries, got {len(layers)}"
@@ -156,7 +164,9 @@ class FuserConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        mapped = resolve_layer_map(len(self.receiver.layers), len(self.sharer.layers), self.layer_map)
+        mapped = resolve_layer_map(
+            len(self.receiver.layers), len(self.sharer.layers), self.layer_map
+        )
         object.__setattr__(self, "layer_map", tuple(mapped))
         _checked_int(self.hidden_size, "hidden_size", 1, MAX_WIDTH)
         _checked_int(self.intermediate_size, "intermediate_size", 1, MAX_WIDTH)
@@ -266,7 +276,9 @@ class FuserConfig:
 def _layer_kv_shape(text: Any, layer: int, layer_type: str, where: str) -> KVShape:
     per_layer = getattr(text, "per_layer_config", None)
     config = per_layer[layer] if per_layer is not None else text
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(
+        config, "num_attention_heads", None
+    )
     dim = getattr(config, "head_dim", None)
     if per_layer is None and layer_type == "full_attention":
         # Gemma 4 before per_layer_config existed: global layers have their own numbers.
@@ -276,10 +288,14 @@ def _layer_kv_shape(text: Any, layer: int, layer_type: str, where: str) -> KVSha
         hidden = getattr(config, "hidden_size", None)
         attention_heads = getattr(config, "num_attention_heads", None)
         if not hidden or not attention_heads:
-            raise ValueError(f"{where}: layer {layer} has neither head_dim nor hidden_size / num_attention_heads")
+            raise ValueError(
+                f"{where}: layer {layer} has neither head_dim nor hidden_size / num_attention_heads"
+            )
         dim = hidden // attention_heads
     if not heads:
-        raise ValueError(f"{where}: layer {layer} has neither num_key_value_heads nor num_attention_heads")
+        raise ValueError(
+            f"{where}: layer {layer} has neither num_key_value_heads nor num_attention_heads"
+        )
     return KVShape(int(heads), int(dim))
 
 

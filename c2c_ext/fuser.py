@@ -83,7 +83,9 @@ class Fuser(nn.Module):
         self.config = config
         self.groups = nn.ModuleList(FuserGroup(config, layers) for layers in config.shape_groups())
         self._place = {
-            layer: (g, i) for g, group in enumerate(self.groups) for i, layer in enumerate(group.layers)
+            layer: (g, i)
+            for g, group in enumerate(self.groups)
+            for i, layer in enumerate(group.layers)
         }
         self._packs: dict[tuple[torch.dtype, torch.device], tuple[Any, PackedFuser]] = {}
 
@@ -99,7 +101,9 @@ class Fuser(nn.Module):
             ValueError: no such layer or kind.
         """
         if layer not in self._place:
-            raise ValueError(f"Fuser.stream: layer must be in 0..{len(self._place) - 1}, got {layer}")
+            raise ValueError(
+                f"Fuser.stream: layer must be in 0..{len(self._place) - 1}, got {layer}"
+            )
         if kind not in KINDS:
             raise ValueError(f"Fuser.stream: kind must be 'key' or 'value', got {kind!r}")
         group, index = self._place[layer]
@@ -203,7 +207,9 @@ class Fuser(nn.Module):
         """
         from .published import load_published
 
-        return load_published(directory, receiver_config=receiver_config, sharer_config=sharer_config)
+        return load_published(
+            directory, receiver_config=receiver_config, sharer_config=sharer_config
+        )
 
 
 def group_parameter_shapes(config: FuserConfig, layers: list[int]) -> dict[str, tuple[int, ...]]:

@@ -38,7 +38,10 @@ def layer_map(
         if strategy == "last_aligned":
             return [min(max(s - t + i, 0), s - 1) for i in range(t)]
         if strategy == "k_nearest":
-            return [_nearest([_fraction(k, s - 1) for k in range(s)], _fraction(i, t - 1)) for i in range(t)]
+            return [
+                _nearest([_fraction(k, s - 1) for k in range(s)], _fraction(i, t - 1))
+                for i in range(t)
+            ]
         if strategy == "depth":
             return [_nearest([k / s for k in range(s)], i / t) for i in range(t)]
         raise ValueError(

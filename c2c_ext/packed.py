@@ -24,6 +24,7 @@ class PackedGroup:
     layers: list[int]  # receiver layer of each stream
     sources: list[int]  # sharer layer of each stream
     num_keys: int
+    sharer_heads: int
     in_weight: Tensor  # [G, hidden, sharer width + receiver width]
     in_bias: Tensor  # [G, hidden]
     w1: Tensor  # [G, inner, hidden], shared block
@@ -31,7 +32,9 @@ class PackedGroup:
     branch_w1: Tensor  # [G, inner + hidden, hidden]: first projection block, then weighting
     deep_w2: list[Tensor]  # [G, hidden, inner] of every projection block that is not folded
     deep_w1: list[Tensor]  # [G, inner, hidden] of every projection block but the first
-    out_weight: Tensor  # [G, width, inner + hidden] if the last W2 is folded, else [G, width, hidden]
+    out_weight: (
+        Tensor  # [G, width, inner + hidden] if the last W2 is folded, else [G, width, hidden]
+    )
     out_bias: Tensor  # [G, width]
     head_weight: Tensor  # [G, heads, hidden + hidden], reads [z1 ; act]
     head_bias: Tensor  # [G, heads]
@@ -109,6 +112,7 @@ def _pack_group(
         layers=layers,
         sources=[config.layer_map[layer] for layer in layers],
         num_keys=sum(g % 2 == 0 for g in streams),
+        sharer_heads=group.sharer_shape.num_heads,
         deep_w2=series("deep_w2."),
         deep_w1=series("deep_w1."),
         **{name: t for name, t in stacked.items() if not name.startswith("deep_")},

@@ -1,0 +1,398 @@
+"""attach / detach / attached: a transformers receiver whose `generate` answers from a fused cache.
+
+An attached receiver is the same object with a dynamic subclass of its own class. `generate` arms one
+fusion; the first `prepare_inputs_for_generation` of that call prefills both models on the prompt
+without its last token, fuses, fills the cache that `generate` decodes from, and leaves the rest of
+the prompt to the receiver. Everything else of `generate` is transformers' own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+
+from .config import KVShape, ModelKV
+from .fuser import Fuser
+from .fusion import fuse
+
+_ATTACHMENT = "_c2c_attachment"
+# Newer versions of transformers trim the inputs to this many tokens; older ones by cache_position.
+_TRIMS_BY_LENGTH = (
+    "next_sequence_length"
+    in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+
+@dataclass
+class _Call:
+    """One call of `generate` on an attached receiver."""
+
+    batch: int  # rows of the prompt, before generate repeats them for beams
+    prompt_length: int
+    columns: Tensor | None  # bool [1 or batch, prompt_length - 1]: which to fuse; None: all
+    position_ids: Tensor | None  # the caller's own, [1 or batch, prompt_length]
+    fused: bool = False
+
+
+@dataclass
+class _Attachment:
+    """What `attach` hangs on the receiver. Not a module, so the sharer is no part of the receiver."""
+
+    original_class: type
+    sharer: PreTrainedModel
+    fuser: Fuser
+    # By thread: streamers are usually read in one thread while generate runs in another.
+    calls: dict[int, _Call] = field(default_factory=dict)
+
+    @contextmanager
+    def armed(self, call: _Call) -> Iterator[None]:
+        """Makes `call` this thread's current one; restores what was there, whatever happens."""
+        thread = threading.get_ident()
+        outer = self.calls.get(thread)
+        self.calls[thread] = call
+        try:
+            yield
+        finally:
+            if outer is None:
+                del self.calls[thread]
+            else:  # a custom decoding loop that calls generate itself
+                self.calls[thread] = outer
+                outer.fused = outer.fused or call.fused
+
+    def pending(self) -> _Call | None:
+        """This thread's call, if its prompt is not fused yet."""
+        call = self.calls.get(threading.get_ident())
+        return None if call is None or call.fused else call
+
+
+class _FusedGeneration:
+    """Mixin in front of the receiver's own class."""
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        positions: Sequence[int] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`, answering from the fused cache of the prompt.
+
+        Both models read the same token ids. The last prompt token and padding are never fused; a
+        prompt of one token generates as the receiver alone does.
+
+        Args:
+            inputs: token ids ``[B, P]``, also accepted as ``input_ids``.
+            positions: the prompt columns to fuse: column indices in ``0 .. P - 2`` (a sequence or a
+                1-D int64 tensor, the same for all rows), or a bool mask ``[P]`` or ``[B, P]``.
+                All columns by default.
+            *args, **kwargs: as transformers' `generate`.
+
+        Raises:
+            ValueError: a wrong ``positions``; token ids that the sharer's vocabulary lacks;
+                ``inputs_embeds``, ``use_cache=False``, a cache that already holds tokens, or a
+                prompt processed in chunks: not supported.
+            TypeError: ``positions`` neither integers nor bools.
+        """
+        attachment: _Attachment = getattr(self, _ATTACHMENT)
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "c2c_ext: inputs_embeds is not supported by an attached receiver: the sharer reads "
+                "token ids"
+            )
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if ids is not None and ids.ndim != 2:
+            raise ValueError(f"c2c_ext: input_ids must be [batch, tokens], got {list(ids.shape)}")
+        batch, length = ids.shape if ids is not None else (1, 1)  # none: generate starts from BOS
+        call = _Call(
+            batch=batch,
+            prompt_length=length,
+            columns=_fused_columns(positions, batch, length),
+            position_ids=kwargs.get("position_ids"),
+        )
+        with attachment.armed(call):
+            output = super().generate(inputs, *args, **kwargs)
+        if not call.fused:
+            raise RuntimeError(
+                "c2c_ext: generate ended without fusing the prompt: this way of decoding does not "
+                "call prepare_inputs_for_generation"
+            )
+        return output
+
+
+def attach(receiver: PreTrainedModel, sharer: PreTrainedModel, fuser: Fuser) -> PreTrainedModel:
+    """Makes ``receiver.generate`` answer from its own cache fused with the sharer's.
+
+    The receiver stays the same object, with its own parameters, state dict and saved form only.
+    The sharer may be the receiver itself.
+
+    Args:
+        receiver: a decoder-only transformers model that can generate.
+        sharer: a decoder-only transformers model, with or without a language-model head.
+        fuser: a fuser between the two.
+
+    Returns:
+        ``receiver``.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: the receiver is attached already, a model is an encoder-decoder or keeps no
+            plain keys and values, or the fuser was made for other KV shapes; names the layer.
+    """
+    for name, model in (("receiver", receiver), ("sharer", sharer)):
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"c2c_ext.attach: {name} must be a transformers model, got {type(model).__name__}"
+            )
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"c2c_ext.attach: {name} must be decoder-only, {type(model).__name__} is an "
+                "encoder-decoder model"
+            )
+    if not isinstance(receiver, GenerationMixin):
+        raise TypeError(
+            f"c2c_ext.attach: receiver must be a model that can generate, "
+            f"{type(receiver).__name__} has no generate"
+        )
+    if not isinstance(fuser, Fuser):
+        raise TypeError(
+            f"c2c_ext.attach: fuser must be a c2c_ext.Fuser, got {type(fuser).__name__}"
+        )
+    if hasattr(receiver, _ATTACHMENT):
+        raise ValueError("c2c_ext.attach: receiver is attached already: detach it first")
+    config = fuser.config
+    every_layer = range(len(config.receiver.layers))
+    _check_layers("receiver", receiver, config.receiver.layers, every_layer)
+    _check_layers("sharer", sharer, config.sharer.layers, sorted(set(config.layer_map)))
+    original = type(receiver)
+    setattr(receiver, _ATTACHMENT, _Attachment(original, sharer, fuser))
+    receiver.__class__ = _attached_class(original)
+    return receiver
+
+
+def detach(receiver: PreTrainedModel) -> PreTrainedModel:
+    """Undoes `attach`: the receiver has its own class again and nothing else on it.
+
+    Raises:
+        ValueError: the receiver is not attached.
+    """
+    attachment = getattr(receiver, _ATTACHMENT, None)
+    if attachment is None:
+        raise ValueError("c2c_ext.detach: receiver is not attached")
+    receiver.__class__ = attachment.original_class
+    delattr(receiver, _ATTACHMENT)
+    return receiver
+
+
+@contextmanager
+def attached(
+    receiver: PreTrainedModel, sharer: PreTrainedModel, fuser: Fuser
+) -> Iterator[PreTrainedModel]:
+    """``with attached(receiver, sharer, fuser):`` attaches and, whatever happens, detaches."""
+    attach(receiver, sharer, fuser)
+    try:
+        yield receiver
+    finally:
+        detach(receiver)
+
+
+def _attached_class(original: type) -> type:
+    """Subclass of ``original`` that fuses; same name, so that saving records the original."""
+
+    # generate validates its keyword arguments by this method's signature: wraps keeps it.
+    @functools.wraps(original.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self: Any, input_ids: Tensor, **kwargs: Any) -> dict:
+        attachment: _Attachment = getattr(self, _ATTACHMENT)
+        call = attachment.pending()
+        if call is not None:
+            kwargs = _fuse_prompt(self, attachment, call, input_ids, kwargs)
+            call.fused = True
+        return original.prepare_inputs_for_generation(self, input_ids, **kwargs)
+
+    namespace = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "prepare_inputs_for_generation": prepare_inputs_for_generation,
+    }
+    return type(original.__name__, (_FusedGeneration, original), namespace)
+
+
+def _fuse_prompt(
+    receiver: PreTrainedModel,
+    attachment: _Attachment,
+    call: _Call,
+    input_ids: Tensor,  # [batch * beams, prompt_length or more (drafted tokens)]
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Fills the cache to decode from with the fused prompt; returns kwargs for what is left."""
+    if kwargs.get("use_cache") is False:
+        raise ValueError(
+            "c2c_ext: use_cache=False is not supported by an attached receiver: there is no cache "
+            "to fuse"
+        )
+    cache = kwargs.get("past_key_values")
+    if cache is None:  # some versions leave the default cache to the model's forward
+        cache = DynamicCache()
+    held = int(cache.get_seq_length())
+    if held:
+        raise ValueError(
+            f"c2c_ext: past_key_values must be empty for an attached receiver, it holds {held} tokens"
+        )
+    rows, given = input_ids.shape
+    if given < call.prompt_length:
+        raise ValueError(
+            f"c2c_ext: the first step must see the whole prompt of {call.prompt_length} tokens, got "
+            f"{given}: prefill_chunk_size is not supported by an attached receiver"
+        )
+    length = call.prompt_length - 1
+    if length == 0:
+        return kwargs
+    repeats = rows // call.batch  # beams, return sequences: equal rows stand next to each other
+    mask = kwargs.get("attention_mask")
+    mask = None if mask is None else mask[::repeats, :length]
+    fused = _fused_cache(receiver, attachment, call, input_ids[::repeats, :length], mask)
+    write_positions = {"cache_position": torch.arange(length, device=input_ids.device)}
+    for layer, (key, value) in enumerate(fused):
+        if repeats > 1:
+            key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
+        cache.update(key, value, layer, write_positions)
+    kwargs = {**kwargs, "past_key_values": cache}
+    if _TRIMS_BY_LENGTH:
+        kwargs["next_sequence_length"] = given - length
+    if not _TRIMS_BY_LENGTH or kwargs.get("cache_position") is not None:
+        kwargs["cache_position"] = torch.arange(length, given, device=input_ids.device)
+    return kwargs
+
+
+def _fused_cache(
+    receiver: PreTrainedModel,
+    attachment: _Attachment,
+    call: _Call,
+    ids: Tensor,  # [batch, n]: the prompt without its last token
+    mask: Tensor | None,  # [batch, n]
+) -> list[tuple[Tensor, Tensor]]:
+    """One fused (key, value) ``[batch, heads, n, dim]`` per receiver layer."""
+    n = ids.shape[1]
+    if call.position_ids is not None:
+        position_ids = call.position_ids[..., :n]
+    elif mask is not None:
+        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    else:
+        position_ids = torch.arange(n, device=ids.device).expand(ids.shape)
+    sharer_ids = _ids_for_sharer(attachment.sharer, ids, mask)
+    base = _prefill(receiver, ids, mask, position_ids)
+    shared = _prefill(attachment.sharer, sharer_ids, mask, position_ids)
+    shared = [(key.to(base[0][0]), value.to(base[0][0])) for key, value in shared]
+    token_map = _token_map(call.columns, mask, ids)
+    # In place: these tensors are ours alone.
+    return fuse(base, shared, attachment.fuser, token_map=token_map, inplace=True)
+
+
+def _prefill(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, position_ids: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """(key, value) ``[batch, heads, n, dim]`` of every layer, all n tokens of sliding layers too."""
+    cache = DynamicCache()  # made without the configuration, so that no layer slides
+    # The base model: no logits are needed, and a compiled forward is left alone.
+    model.base_model(
+        input_ids=ids.to(model.device),
+        attention_mask=None if mask is None else mask.to(model.device),
+        position_ids=position_ids.to(model.device),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _ids_for_sharer(sharer: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """``ids`` with padding replaced by token 0, all inside the sharer's vocabulary."""
+    if mask is not None:  # the receiver's padding token need not exist in the sharer
+        ids = ids.masked_fill(mask == 0, 0)
+    vocabulary = sharer.config.get_text_config(decoder=True).vocab_size
+    largest = int(ids.max())
+    if largest >= vocabulary:
+        raise ValueError(
+            f"c2c_ext: both models read the same tokens: input_ids must be below the sharer's "
+            f"vocabulary size {vocabulary}, got {largest}"
+        )
+    return ids
+
+
+def _token_map(columns: Tensor | None, mask: Tensor | None, ids: Tensor) -> Tensor | None:
+    """int64 ``[batch, n]``: the column itself where it is fused, else -1; None: all are fused."""
+    if columns is None and mask is None:
+        return None
+    fused = torch.ones_like(ids, dtype=torch.bool)
+    if columns is not None:
+        fused &= columns.to(ids.device)
+    if mask is not None:
+        fused &= mask.to(ids.device) != 0
+    if fused.all():
+        return None
+    return torch.where(fused, torch.arange(ids.shape[1], device=ids.device), -1)
+
+
+def _fused_columns(
+    positions: Sequence[int] | Tensor | None, batch: int, length: int
+) -> Tensor | None:
+    """bool ``[1 or batch, length - 1]`` from the ``positions`` of generate; None stays None."""
+    if positions is None:
+        return None
+    given = torch.as_tensor(positions)
+    if given.numel() == 0 and given.ndim == 1:
+        given = given.long()  # an empty list is float32
+    if given.dtype != torch.bool and (given.is_floating_point() or given.is_complex()):
+        raise TypeError(f"c2c_ext: positions must be integers or bools, got {given.dtype}")
+    rule = f"the last of the {length} prompt tokens is never fused"
+    if given.dtype == torch.bool:
+        if given.shape not in ((length,), (batch, length)):
+            raise ValueError(
+                f"c2c_ext: a positions mask must be [{length}] or [{batch}, {length}] (the prompt's "
+                f"shape), got {list(given.shape)}"
+            )
+        given = given.reshape(-1, length)
+        if given[:, -1].any():
+            raise ValueError(f"c2c_ext: positions marks column {length - 1}: {rule}")
+        return given[:, :-1]
+    if given.ndim != 1:
+        raise ValueError(
+            f"c2c_ext: positions must be a 1-D list of columns or a bool mask, got integers of shape "
+            f"{list(given.shape)}"
+        )
+    columns = torch.zeros(1, length - 1, dtype=torch.bool)
+    for column in given.tolist():
+        if not 0 <= column < length - 1:
+            raise ValueError(
+                f"c2c_ext: positions must be at least 0 and at most {length - 2} ({rule}), got {column}"
+            )
+        columns[0, column] = True
+    return columns
+
+
+def _check_layers(
+    name: str, model: PreTrainedModel, expected: tuple[KVShape, ...], layers: Sequence[int]
+) -> None:
+    """Compares the layer count, and the KV shapes of ``layers``, with the fuser's."""
+    actual = ModelKV.from_config(model.config).layers
+    if len(actual) != len(expected):
+        raise ValueError(
+            f"c2c_ext.attach: the fuser was made for a {name} of {len(expected)} layers, "
+            f"{type(model).__name__} has {len(actual)}"
+        )
+    for i in layers:
+        for what in ("num_heads", "head_dim"):
+            wanted, found = getattr(expected[i], what), getattr(actual[i], what)
+            if wanted != found:
+                raise ValueError(
+                    f"c2c_ext.attach: the fuser was made for {what} {wanted} in {name} layer {i}, "
+                    f"{type(model).__name__} has {found}"
+                )

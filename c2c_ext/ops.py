@@ -1,0 +1,93 @@
+"""Wrappers of the compiled ops: what torch.compile needs beside them, and packed arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .packed import PackedFuser, PackedGroup
+
+try:
+    from . import _C  # registers torch.ops.c2c.*
+except ImportError as error:
+    raise ImportError(
+        "c2c_ext: the compiled module c2c_ext._C cannot be loaded. In a source checkout run "
+        "`pip install -e .`; after `pip install .`, leave the checkout's directory. "
+        f"The loader said: {error}"
+    ) from error
+
+__all__ = ["_C", "fuse_", "group_arguments"]
+
+
+@torch.library.register_fake("c2c::fuse_")
+def _fuse_fake(*args: object) -> None:
+    """The op returns nothing; what it writes keeps its shape."""
+
+
+def group_arguments(
+    group: PackedGroup,
+    out: Sequence[tuple[Tensor, Tensor]],
+    base: Sequence[tuple[Tensor, Tensor]],
+    sharer: Sequence[tuple[Tensor, Tensor]],
+    token_map: Tensor | None,
+    activation: str,
+    accumulate: bool,
+) -> tuple:
+    """The positional arguments of ``torch.ops.c2c.fuse_`` for one shape group."""
+    return (
+        [key for key, _ in out],
+        [value for _, value in out],
+        [key for key, _ in base],
+        [value for _, value in base],
+        [key for key, _ in sharer],
+        [value for _, value in sharer],
+        token_map,
+        group.layers,
+        group.sources,
+        group.num_keys,
+        group.sharer_heads,
+        group.in_weight,
+        group.in_bias,
+        group.w1,
+        group.w2,
+        group.branch_w1,
+        group.deep_w2,
+        group.deep_w1,
+        group.out_weight,
+        group.out_bias,
+        group.head_weight,
+        group.head_bias,
+        activation,
+        accumulate,
+    )
+
+
+def fuse_(
+    out: Sequence[tuple[Tensor, Tensor]],
+    base: Sequence[tuple[Tensor, Tensor]],
+    sharer: Sequence[tuple[Tensor, Tensor]],
+    packed: PackedFuser,
+    *,
+    token_map: Tensor | None = None,
+    accumulate: bool = False,
+) -> None:
+    """Fuses every open stream: reads ``base`` and ``sharer``, writes ``out``. No autograd.
+
+    Args:
+        out: one (key, value) per receiver layer, each ``[B, Ht, N, Dt]``; may be ``base`` itself.
+            Closed streams are not touched.
+        base: as ``out``; the receiver's clean slices.
+        sharer: one (key, value) per sharer layer, each ``[B, Hs, S, Ds]``; S >= N, or any with a map.
+        packed: the fuser's packed form for the caches' dtype and device.
+        token_map: int64 ``[N]`` or ``[B, N]``; values outside ``0 .. S-1`` leave the token as it is.
+        accumulate: ``out += gate * w * P`` in place of ``out = base + gate * w * P``.
+
+    Raises:
+        RuntimeError: an argument breaks a rule; the message names argument, rule and numbers.
+    """
+    for group in packed.groups:
+        torch.ops.c2c.fuse_(
+            *group_arguments(group, out, base, sharer, token_map, packed.activation, accumulate)
+        )

@@ -1,0 +1,354 @@
+// Host-side checks of the fusion op's arguments, shared by every device.
+#include <algorithm>
+#include <array>
+#include <sstream>
+#include <stdexcept>
+
+#include "ops.h"
+
+namespace c2c {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  message << "c2c_ext.fuse: ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+std::string item(const char* list, int64_t index) {
+  return std::string(list) + "[" + std::to_string(index) + "]";
+}
+
+const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
+std::string device_name(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device());
+}
+
+void check_dim(const std::string& name, const Tensor& t, int64_t dim, const char* meaning,
+               int64_t expected, const char* rule) {
+  if (t.size(dim) != expected) {
+    fail(name, " dim ", dim, " (", meaning, ") must equal ", expected, " (", rule, "), got ",
+         t.size(dim));
+  }
+}
+
+void check_rank(const std::string& name, const Tensor& t, int64_t rank) {
+  if (t.dim() != rank) fail(name, " must have ", rank, " dimensions, got ", t.dim());
+}
+
+void check_like(const std::string& name, const Tensor& t, const Tensor& first,
+                const std::string& first_name) {
+  if (t.scalar_type() != first.scalar_type()) {
+    fail(name, " must have the dtype of ", first_name, " (", dtype_name(first.scalar_type()),
+         "), got ", dtype_name(t.scalar_type()));
+  }
+  if (t.is_cpu() != first.is_cpu() || t.get_device() != first.get_device()) {
+    fail(name, " must be on the device of ", first_name, " (", device_name(first), "), got ",
+         device_name(t));
+  }
+}
+
+// A packed weight: contiguous, of the given shape, in the compute dtype, on the caches' device.
+void check_weight(const std::string& name, const Tensor& t, std::initializer_list<int64_t> shape,
+                  ScalarType dtype, const Tensor& cache) {
+  check_rank(name, t, static_cast<int64_t>(shape.size()));
+  int64_t dim = 0;
+  for (const int64_t expected : shape) {
+    check_dim(name, t, dim++, "packed weight", expected, "the shape group's other weights");
+  }
+  if (t.scalar_type() != dtype) {
+    fail(name, " must be ", dtype_name(dtype), " for ", dtype_name(cache.scalar_type()),
+         " caches on ", device_name(cache), ", got ", dtype_name(t.scalar_type()));
+  }
+  if (t.is_cpu() != cache.is_cpu() || t.get_device() != cache.get_device()) {
+    fail(name, " must be on the caches' device (", device_name(cache), "), got ", device_name(t));
+  }
+  if (!t.is_contiguous()) fail(name, " must be contiguous");
+}
+
+int64_t element_size(ScalarType type) {
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
+// Memory that a view touches, for overlap tests. Strides and offsets in elements.
+struct Extent {
+  uintptr_t low, high;  // bytes, [low, high)
+  std::array<int64_t, 4> size, stride;
+  const Tensor* tensor;
+  std::string name;
+  int64_t stream;
+  bool written;
+};
+
+Extent extent_of(const Tensor& t, std::string name, int64_t stream, bool written) {
+  Extent e{0, 0, {}, {}, &t, std::move(name), stream, written};
+  int64_t last = 0;
+  for (int64_t d = 0; d < 4; ++d) {
+    e.size[d] = t.size(d);
+    e.stride[d] = t.size(d) > 1 ? t.stride(d) : 0;
+    last += (e.size[d] - 1) * e.stride[d];
+  }
+  const int64_t bytes = element_size(t.scalar_type());
+  e.low = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  e.high = e.low + (last + 1) * bytes;
+  return e;
+}
+
+bool overlaps_itself(const Extent& e) {
+  std::array<int, 4> order{0, 1, 2, 3};
+  std::sort(order.begin(), order.end(), [&](int a, int b) { return e.stride[a] < e.stride[b]; });
+  int64_t reach = 0;
+  for (const int d : order) {
+    if (e.size[d] <= 1) continue;
+    if (e.stride[d] <= reach) return true;
+    reach += (e.size[d] - 1) * e.stride[d];
+  }
+  return false;
+}
+
+// Is there an index difference d with sum(d[k] * stride[k]) == delta, d[k] in [-(b-1), a-1]?
+bool reachable(int64_t delta, const Extent& a, const Extent& b, const std::array<int, 4>& order,
+               int position) {
+  if (position == 4) return delta == 0;
+  const int k = order[position];
+  const int64_t stride = a.stride[k] != 0 ? a.stride[k] : b.stride[k];
+  if (stride == 0) return reachable(delta, a, b, order, position + 1);
+  int64_t rest = 0;  // what the dimensions after this one can still add or take away
+  for (int p = position + 1; p < 4; ++p) {
+    const int d = order[p];
+    rest += std::max(a.size[d], b.size[d]) * std::max(a.stride[d], b.stride[d]);
+  }
+  const int64_t low = std::max(-(b.size[k] - 1), (delta - rest) / stride - 1);
+  const int64_t high = std::min(a.size[k] - 1, (delta + rest) / stride + 1);
+  for (int64_t d = low; d <= high; ++d) {
+    if (reachable(delta - d * stride, a, b, order, position + 1)) return true;
+  }
+  return false;
+}
+
+// Exact where both views step through memory alike (as views of one cache do), else by extent.
+bool overlap(const Extent& a, const Extent& b) {
+  if (a.low >= b.high || b.low >= a.high) return false;
+  const int64_t bytes = element_size(a.tensor->scalar_type());
+  const int64_t delta = static_cast<int64_t>(b.low) - static_cast<int64_t>(a.low);
+  if (delta % bytes != 0) return true;
+  for (int k = 0; k < 4; ++k) {
+    if (a.stride[k] != b.stride[k] && a.stride[k] != 0 && b.stride[k] != 0) return true;
+  }
+  std::array<int, 4> order{0, 1, 2, 3};
+  std::sort(order.begin(), order.end(), [&](int x, int y) {
+    return std::max(a.stride[x], b.stride[x]) > std::max(a.stride[y], b.stride[y]);
+  });
+  return reachable(delta / bytes, a, b, order, 0);
+}
+
+bool same_view(const Extent& a, const Extent& b) {
+  return a.low == b.low && a.size == b.size && a.stride == b.stride;
+}
+
+void check_overlaps(std::vector<Extent> extents) {
+  std::sort(extents.begin(), extents.end(),
+            [](const Extent& a, const Extent& b) { return a.low < b.low; });
+  for (size_t i = 0; i < extents.size(); ++i) {
+    const Extent& a = extents[i];
+    if (a.written && overlaps_itself(a)) {
+      fail(a.name, " must not overlap itself (expanded or interleaved view)");
+    }
+    for (size_t j = i + 1; j < extents.size() && extents[j].low < a.high; ++j) {
+      const Extent& b = extents[j];
+      if (!a.written && !b.written) continue;
+      if (a.stream == b.stream && same_view(a, b)) continue;  // in place
+      if (overlap(a, b)) {
+        fail((a.written ? a : b).name, " must not overlap ", (a.written ? b : a).name,
+             ": it is written while the other is read or written");
+      }
+    }
+  }
+}
+
+}  // namespace
+
+FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tensor>& out_values,
+                    const std::vector<Tensor>& base_keys, const std::vector<Tensor>& base_values,
+                    const std::vector<Tensor>& sharer_keys,
+                    const std::vector<Tensor>& sharer_values,
+                    const std::optional<Tensor>& token_map, const std::vector<int64_t>& layers,
+                    const std::vector<int64_t>& sources, int64_t num_keys, int64_t sharer_heads,
+                    const PackedWeights& w) {
+  const auto receiver_layers = static_cast<int64_t>(base_keys.size());
+  const auto sharer_layers = static_cast<int64_t>(sharer_keys.size());
+  const auto check_length = [](const char* name, const auto& list, int64_t expected,
+                               const char* rule) {
+    if (static_cast<int64_t>(list.size()) != expected) {
+      fail(name, " must have ", expected, " entries (", rule, "), got ", list.size());
+    }
+  };
+  check_length("base_values", base_values, receiver_layers, "as base_keys");
+  check_length("out_keys", out_keys, receiver_layers, "as base_keys");
+  check_length("out_values", out_values, receiver_layers, "as base_keys");
+  check_length("sharer_values", sharer_values, sharer_layers, "as sharer_keys");
+  const auto g = static_cast<int64_t>(layers.size());
+  check_length("sources", sources, g, "one per stream, as layers");
+  if (num_keys < 0 || num_keys > g) fail("num_keys must be in 0..", g, ", got ", num_keys);
+  if (sharer_heads < 1) fail("sharer_heads must be at least 1, got ", sharer_heads);
+
+  FuseCall call{};
+  FuseSizes& s = call.sizes;
+  s.streams = g;
+  if (g == 0) return call;
+  for (int64_t i = 0; i < g; ++i) {
+    if (layers[i] < 0 || layers[i] >= receiver_layers) {
+      fail(item("layers", i), " must be in 0..", receiver_layers - 1, " (receiver layers), got ",
+           layers[i]);
+    }
+    if (sources[i] < 0 || sources[i] >= sharer_layers) {
+      fail(item("sources", i), " must be in 0..", sharer_layers - 1, " (sharer layers), got ",
+           sources[i]);
+    }
+  }
+
+  // Sizes from the weights.
+  check_rank("in_weight", w.in_weight, 3);
+  check_rank("w1", w.w1, 3);
+  check_rank("out_bias", w.out_bias, 2);
+  check_rank("head_bias", w.head_bias, 2);
+  s.hidden = w.in_weight.size(1);
+  s.inner = w.w1.size(1);
+  s.receiver_heads = w.head_bias.size(1);
+  const int64_t width = w.out_bias.size(1);
+  const int64_t sharer_width = w.in_weight.size(2) - width;
+  if (s.receiver_heads < 1 || width % s.receiver_heads != 0) {
+    fail("out_bias dim 1 must be a multiple of the receiver heads (", s.receiver_heads, "), got ",
+         width);
+  }
+  if (sharer_width < 1 || sharer_width % sharer_heads != 0) {
+    fail("in_weight dim 2 less the receiver width must be a positive multiple of sharer_heads (",
+         sharer_heads, "), got ", sharer_width);
+  }
+  s.receiver_dim = width / s.receiver_heads;
+  s.sharer_heads = sharer_heads;
+  s.sharer_dim = sharer_width / sharer_heads;
+
+  // Caches.
+  const bool first_is_key = num_keys > 0;
+  const Tensor& first = first_is_key ? base_keys[layers[0]] : base_values[layers[0]];
+  const std::string first_name =
+      item(first_is_key ? "receiver_keys" : "receiver_values", layers[0]);
+  check_rank(first_name, first, 4);
+  const ScalarType dtype = first.scalar_type();
+  if (dtype != ScalarType::Double && dtype != ScalarType::Float && dtype != ScalarType::BFloat16 &&
+      dtype != ScalarType::Half) {
+    fail(first_name, " must be float64, float32, bfloat16 or float16");
+  }
+  s.batch = first.size(0);
+  s.tokens = first.size(2);
+  bool sharer_seen = false;
+  std::vector<Extent> extents;
+  call.streams.reserve(g);
+  for (int64_t i = 0; i < g; ++i) {
+    const bool is_key = i < num_keys;
+    const int64_t layer = layers[i], source = sources[i];
+    const Tensor& out = is_key ? out_keys[layer] : out_values[layer];
+    const Tensor& base = is_key ? base_keys[layer] : base_values[layer];
+    const Tensor& sharer = is_key ? sharer_keys[source] : sharer_values[source];
+    const std::string out_name = item(is_key ? "out_keys" : "out_values", layer);
+    const std::string base_name = item(is_key ? "receiver_keys" : "receiver_values", layer);
+    const std::string sharer_name = item(is_key ? "sharer_keys" : "sharer_values", source);
+    for (const auto& [name, tensor] : {std::pair{base_name, &base}, std::pair{out_name, &out}}) {
+      check_rank(name, *tensor, 4);
+      check_like(name, *tensor, first, first_name);
+      check_dim(name, *tensor, 0, "batch", s.batch, first_name.c_str());
+      check_dim(name, *tensor, 1, "heads", s.receiver_heads, "the fuser's receiver heads");
+      check_dim(name, *tensor, 2, "tokens", s.tokens, first_name.c_str());
+      check_dim(name, *tensor, 3, "head dim", s.receiver_dim, "the fuser's receiver head dim");
+    }
+    check_rank(sharer_name, sharer, 4);
+    check_like(sharer_name, sharer, first, first_name);
+    check_dim(sharer_name, sharer, 0, "batch", s.batch, first_name.c_str());
+    check_dim(sharer_name, sharer, 1, "heads", s.sharer_heads, "the fuser's sharer heads");
+    check_dim(sharer_name, sharer, 3, "head dim", s.sharer_dim, "the fuser's sharer head dim");
+    if (!sharer_seen) {
+      s.sharer_tokens = sharer.size(2);
+      sharer_seen = true;
+    }
+    check_dim(sharer_name, sharer, 2, "tokens", s.sharer_tokens, "the other sharer tensors");
+    call.streams.push_back({&out, &base, &sharer});
+    if (s.batch * s.tokens > 0) {
+      extents.push_back(extent_of(out, out_name, i, true));
+      extents.push_back(extent_of(base, base_name, i, false));
+      if (s.sharer_tokens > 0) extents.push_back(extent_of(sharer, sharer_name, -1, false));
+    }
+  }
+  if (s.batch > INT32_MAX || s.tokens > INT32_MAX || s.sharer_tokens > INT32_MAX) {
+    fail("batch and token counts must be below 2^31");
+  }
+  if (token_map) {
+    if (token_map->scalar_type() != ScalarType::Long) {
+      fail("token_map must be int64, got ", dtype_name(token_map->scalar_type()));
+    }
+    if (token_map->is_cpu() != first.is_cpu() || token_map->get_device() != first.get_device()) {
+      fail("token_map must be on the caches' device (", device_name(first), "), got ",
+           device_name(*token_map));
+    }
+    const int64_t rank = token_map->dim();
+    if (rank != 1 && rank != 2) fail("token_map must be [N] or [B, N], got ", rank, " dimensions");
+    check_dim("token_map", *token_map, rank - 1, "tokens", s.tokens, "the receiver's tokens");
+    if (rank == 2) check_dim("token_map", *token_map, 0, "batch", s.batch, "the caches' batch");
+  } else if (s.sharer_tokens < s.tokens) {
+    fail("sharer_keys dim 2 (tokens) must be at least ", s.tokens,
+         " (the receiver's tokens) without a token_map, got ", s.sharer_tokens);
+  }
+  check_overlaps(std::move(extents));
+
+  // Weights.
+  const ScalarType compute =
+      first.is_cpu() && dtype != ScalarType::Double ? ScalarType::Float : dtype;
+  const auto check_packed = [&](const std::string& name, const Tensor& t,
+                                std::initializer_list<int64_t> shape) {
+    check_weight(name, t, shape, compute, first);
+  };
+  const int64_t h = s.hidden, m = s.inner;
+  check_packed("in_weight", w.in_weight, {g, h, sharer_width + width});
+  check_packed("in_bias", w.in_bias, {g, h});
+  check_packed("w1", w.w1, {g, m, h});
+  check_packed("w2", w.w2, {g, h, m});
+  check_packed("branch_w1", w.branch_w1, {g, m + h, h});
+  s.folded = w.deep_w2.size() == w.deep_w1.size();
+  if (!s.folded && w.deep_w2.size() != w.deep_w1.size() + 1) {
+    fail("deep_w2 must have as many entries as deep_w1 (", w.deep_w1.size(), ") or one more, got ",
+         w.deep_w2.size());
+  }
+  for (size_t i = 0; i < w.deep_w2.size(); ++i) {
+    check_packed(item("deep_w2", i), w.deep_w2[i], {g, h, m});
+  }
+  for (size_t i = 0; i < w.deep_w1.size(); ++i) {
+    check_packed(item("deep_w1", i), w.deep_w1[i], {g, m, h});
+  }
+  check_packed("out_weight", w.out_weight, {g, width, s.folded ? m + h : h});
+  check_packed("out_bias", w.out_bias, {g, width});
+  check_packed("head_weight", w.head_weight, {g, s.receiver_heads, h + h});
+  check_packed("head_bias", w.head_bias, {g, s.receiver_heads});
+  return call;
+}
+
+}  // namespace c2c

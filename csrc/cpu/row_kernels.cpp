@@ -1,0 +1,154 @@
+// The CPU kernels between the GEMMs (see row_kernels.h). CMake compiles this file once per
+// instruction set with C2C_ISA naming it; nothing here may have external linkage but the table.
+#include "row_kernels.h"
+
+#include "../scalar_math.h"
+
+#ifndef C2C_ISA
+#error "C2C_ISA must name the instruction set this file is compiled for"
+#endif
+#define C2C_STRING_(x) #x
+#define C2C_STRING(x) C2C_STRING_(x)
+#define C2C_JOIN_(a, b) a##b
+#define C2C_JOIN(a, b) C2C_JOIN_(a, b)
+
+namespace c2c::cpu {
+namespace {
+
+constexpr int kLanes = 16;  // partial sums, so that a reduction vectorises in a fixed order
+
+template <class C>
+const C* token(const CacheView& view, int64_t batch, int64_t head, int64_t n) {
+  return static_cast<const C*>(view.data) + batch * view.stride[0] + head * view.stride[1] +
+         n * view.stride[2];
+}
+template <class C>
+C* mutable_token(const CacheView& view, int64_t batch, int64_t head, int64_t n) {
+  return static_cast<C*>(view.data) + batch * view.stride[0] + head * view.stride[1] +
+         n * view.stride[2];
+}
+
+template <class C, class T>
+void widen_token(const CacheView& view, HeadShape shape, int64_t batch, int64_t n, T* to) {
+  for (int64_t head = 0; head < shape.heads; ++head, to += shape.dim) {
+    const C* from = token<C>(view, batch, head, n);
+    if (view.stride[3] == 1) {
+      for (int64_t d = 0; d < shape.dim; ++d) to[d] = widen(from[d]);
+    } else {
+      for (int64_t d = 0; d < shape.dim; ++d) to[d] = widen(from[d * view.stride[3]]);
+    }
+  }
+}
+
+template <class C, class T>
+void gather(const CacheView& sharer, HeadShape sharer_shape, const CacheView& base,
+            HeadShape base_shape, const Row* rows, int64_t count, T* c) {
+  const int64_t sharer_width = sharer_shape.heads * sharer_shape.dim;
+  const int64_t base_width = base_shape.heads * base_shape.dim;
+  for (int64_t r = 0; r < count; ++r, c += sharer_width + base_width) {
+    widen_token<C>(sharer, sharer_shape, rows[r].batch, rows[r].source, c);
+    widen_token<C>(base, base_shape, rows[r].batch, rows[r].token, c + sharer_width);
+  }
+}
+
+template <class T>
+T reciprocal_rms(const T* z, int64_t cols) {
+  T partial[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= cols; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) partial[lane] += z[i + lane] * z[i + lane];
+  }
+  for (; i < cols; ++i) partial[i % kLanes] += z[i] * z[i];
+  T sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += partial[lane];
+  return T(1) / std::sqrt(sum / static_cast<T>(cols) + static_cast<T>(kRmsEps));
+}
+
+template <class T>
+void bias_stats(T* z, const T* bias, int64_t count, int64_t cols, T* rstd) {
+  for (int64_t r = 0; r < count; ++r, z += cols) {
+    for (int64_t i = 0; i < cols; ++i) z[i] += bias[i];
+    rstd[r] = reciprocal_rms(z, cols);
+  }
+}
+
+template <Activation kActivation, class T>
+void scale_activate_as(const T* a, int64_t lda, const T* rstd, int64_t count, int64_t cols, T* out,
+                       int64_t ldo) {
+  for (int64_t r = 0; r < count; ++r, a += lda, out += ldo) {
+    const T scale = rstd[r];
+    for (int64_t i = 0; i < cols; ++i) out[i] = activate<kActivation>(scale * a[i]);
+  }
+}
+
+template <class T>
+void scale_activate(const T* a, int64_t lda, const T* rstd, int64_t count, int64_t cols,
+                    Activation activation, T* out, int64_t ldo) {
+  switch (activation) {
+    case Activation::kGelu:
+      return scale_activate_as<Activation::kGelu>(a, lda, rstd, count, cols, out, ldo);
+    case Activation::kRelu:
+      return scale_activate_as<Activation::kRelu>(a, lda, rstd, count, cols, out, ldo);
+    case Activation::kSilu:
+      return scale_activate_as<Activation::kSilu>(a, lda, rstd, count, cols, out, ldo);
+  }
+}
+
+template <class T>
+void residual_stats(const T* z, int64_t ldz, const T* delta, int64_t count, int64_t cols, T* out,
+                    int64_t ldo, T* rstd) {
+  for (int64_t r = 0; r < count; ++r, z += ldz, delta += cols, out += ldo) {
+    for (int64_t i = 0; i < cols; ++i) out[i] = z[i] + delta[i];
+    if (rstd != nullptr) rstd[r] = reciprocal_rms(out, cols);
+  }
+}
+
+template <class C, class T>
+void combine(const CacheView& base, const CacheView& out, HeadShape shape, const Row* rows,
+             int64_t count, const T* projected, const T* projected_bias, const T* weighting,
+             const T* weighting_bias, bool accumulate) {
+  const CacheView& from = accumulate ? out : base;
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t head = 0; head < shape.heads; ++head) {
+      const T w = sigmoid(weighting[r * shape.heads + head] + weighting_bias[head]);
+      const T* p = projected + (r * shape.heads + head) * shape.dim;
+      const T* bias = projected_bias + head * shape.dim;
+      const C* t = token<C>(from, rows[r].batch, head, rows[r].token);
+      C* o = mutable_token<C>(out, rows[r].batch, head, rows[r].token);
+      if (from.stride[3] == 1 && out.stride[3] == 1) {
+        for (int64_t d = 0; d < shape.dim; ++d) narrow(widen(t[d]) + w * (p[d] + bias[d]), &o[d]);
+      } else {
+        for (int64_t d = 0; d < shape.dim; ++d) {
+          narrow(widen(t[d * from.stride[3]]) + w * (p[d] + bias[d]), &o[d * out.stride[3]]);
+        }
+      }
+    }
+  }
+}
+
+template <class C>
+void copy(const CacheView& base, const CacheView& out, HeadShape shape, const Row* rows,
+          int64_t count) {
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t head = 0; head < shape.heads; ++head) {
+      const C* t = token<C>(base, rows[r].batch, head, rows[r].token);
+      C* o = mutable_token<C>(out, rows[r].batch, head, rows[r].token);
+      for (int64_t d = 0; d < shape.dim; ++d) o[d * out.stride[3]] = t[d * base.stride[3]];
+    }
+  }
+}
+
+template <class C, class T>
+RowKernels<T> table() {
+  return {C2C_STRING(C2C_ISA), gather<C, T>,  bias_stats<T>, scale_activate<T>,
+          residual_stats<T>,   combine<C, T>, copy<C>};
+}
+
+}  // namespace
+
+RowKernels<double> C2C_JOIN(float64_kernels_, C2C_ISA)() { return table<double, double>(); }
+RowKernels<float> C2C_JOIN(float32_kernels_, C2C_ISA)() { return table<float, float>(); }
+RowKernels<float> C2C_JOIN(bfloat16_kernels_, C2C_ISA)() { return table<Bfloat16, float>(); }
+RowKernels<float> C2C_JOIN(float16_kernels_, C2C_ISA)() { return table<Float16, float>(); }
+
+}  // namespace c2c::cpu

@@ -1,0 +1,87 @@
+// The CPU kernels between the GEMMs. Raw pointers and strides, no torch header; row_kernels.cpp is
+// compiled once per instruction set and `row_kernels` picks the best one this CPU runs.
+#pragma once
+
+#include <cstdint>
+
+namespace c2c {
+
+enum class Activation;
+
+namespace cpu {
+
+// A [B, H, N, D] cache tensor.
+struct CacheView {
+  void* data = nullptr;
+  int64_t stride[4] = {};  // batch, head, token, channel; in elements, not bytes
+};
+
+struct HeadShape {
+  int64_t heads;
+  int64_t dim;
+};
+
+// One token to fuse: sharer token `source` goes with receiver token `token` of batch row `batch`.
+struct Row {
+  int32_t batch;
+  int32_t token;
+  int32_t source;
+};
+
+enum class CacheType { kFloat64, kFloat32, kBfloat16, kFloat16 };
+
+// T: double for float64 caches, float for all others. `count` rows everywhere.
+template <class T>
+struct RowKernels {
+  const char* instruction_set;
+
+  // c[r] = [sharer heads flattened ; receiver heads flattened], widened.
+  void (*gather)(const CacheView& sharer, HeadShape sharer_shape, const CacheView& base,
+                 HeadShape base_shape, const Row* rows, int64_t count,
+                 T* c);  // [count, sharer width + base width]
+
+  // z += bias; rstd[r] = 1 / sqrt(mean(z[r]^2) + eps).
+  void (*bias_stats)(T* z,           // [count, cols]
+                     const T* bias,  // [cols]
+                     int64_t count, int64_t cols,
+                     T* rstd);  // [count]
+
+  // out[r] = activation(rstd[r] * a[r]).
+  void (*scale_activate)(const T* a, int64_t lda,  // [count, cols], row stride lda
+                         const T* rstd,            // [count]
+                         int64_t count, int64_t cols, Activation activation, T* out,
+                         int64_t ldo);  // [count, cols], row stride ldo; may be a
+
+  // out = z + delta; rstd as above, skipped if null.
+  void (*residual_stats)(const T* z, int64_t ldz,  // [count, cols]
+                         const T* delta,           // [count, cols], contiguous
+                         int64_t count, int64_t cols, T* out, int64_t ldo,  // may be z
+                         T* rstd);                                          // [count] or null
+
+  // out = base + sigmoid(weighting + weighting_bias) * (projected + projected_bias), rounded once;
+  // with accumulate, out itself takes the place of base.
+  void (*combine)(const CacheView& base, const CacheView& out, HeadShape shape, const Row* rows,
+                  int64_t count,
+                  const T* projected,       // [count, heads * dim]
+                  const T* projected_bias,  // [heads * dim]
+                  const T* weighting,       // [count, heads]
+                  const T* weighting_bias,  // [heads]
+                  bool accumulate);
+
+  // out = base for these tokens, bit for bit.
+  void (*copy)(const CacheView& base, const CacheView& out, HeadShape shape, const Row* rows,
+               int64_t count);
+};
+
+template <class T>
+const RowKernels<T>& row_kernels(CacheType type);
+template <>
+const RowKernels<float>& row_kernels<float>(CacheType type);
+template <>
+const RowKernels<double>& row_kernels<double>(CacheType type);
+
+// "avx512", "avx2" or "baseline".
+const char* instruction_set();
+
+}  // namespace cpu
+}  // namespace c2c
