@@ -12,7 +12,7 @@ KVPairs = list[tuple[Tensor, Tensor]]
 
 
 def is_cache_object(cache: Any) -> bool:
-    """Whether ``cache`` is a transformers Cache (told by its layers; transformers is not imported)."""
+    """Whether ``cache`` is a transformers Cache, told by its layers without importing it."""
     return hasattr(cache, "layers") and hasattr(cache, "get_seq_length")
 
 

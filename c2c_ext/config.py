@@ -112,13 +112,15 @@ class ModelKV:
             )
         if not 1 <= len(layers) <= MAX_LAYERS:
             raise ValueError(
-                f"FuserConfig.{field}.kv_layers must have 1..{MAX_LAYERS} entries, got {len(layers)}"
+                f"FuserConfig.{field}.kv_layers must have 1..{MAX_LAYERS} entries, "
+                f"got {len(layers)}"
             )
         shapes = []
         for i, pair in enumerate(layers):
             if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
                 raise ValueError(
-                    f"FuserConfig.{field}.kv_layers[{i}] must be [num_heads, head_dim], got {pair!r}"
+                    f"FuserConfig.{field}.kv_layers[{i}] must be [num_heads, head_dim], "
+                    f"got {pair!r}"
                 )
             heads = _checked_int(pair[0], f"{field}.kv_layers[{i}][0] (num_heads)", 1, MAX_WIDTH)
             dim = _checked_int(pair[1], f"{field}.kv_layers[{i}][1] (head_dim)", 1, MAX_WIDTH)
@@ -173,7 +175,8 @@ class FuserConfig:
         _checked_int(self.depth, "depth", 3, MAX_DEPTH)
         if self.activation not in ACTIVATIONS:
             raise ValueError(
-                f"FuserConfig.activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}"
+                f"FuserConfig.activation must be one of {', '.join(ACTIVATIONS)}, "
+                f"got {self.activation!r}"
             )
         dropout = _checked_float(self.dropout, "dropout")
         if not 0.0 <= dropout < 1.0:
@@ -182,8 +185,8 @@ class FuserConfig:
         object.__setattr__(self, "gate_init", _checked_float(self.gate_init, "gate_init"))
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
-                f"FuserConfig.format_version must be {FORMAT_VERSION}, got {self.format_version!r}: "
-                "written by another version of c2c_ext"
+                f"FuserConfig.format_version must be {FORMAT_VERSION}, got "
+                f"{self.format_version!r}: written by another version of c2c_ext"
             )
 
     @classmethod

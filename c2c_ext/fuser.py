@@ -110,7 +110,7 @@ class Fuser(nn.Module):
         return self.groups[group].stream(2 * index + KINDS.index(kind), dtype)
 
     def open_streams(self) -> list[tuple[int, str]]:
-        """(receiver layer, kind) of every stream whose gate logit is > 0. Reads the gates on the host."""
+        """(receiver layer, kind) of every stream whose gate logit is > 0. Syncs with the host."""
         is_open = {}
         for group in self.groups:
             for stream, flag in enumerate((group.gate_logit > 0).tolist()):
@@ -130,7 +130,8 @@ class Fuser(nn.Module):
         if torch.compiler.is_compiling():
             if key not in self._packs:
                 raise RuntimeError(
-                    f"c2c_ext: call fuser.packed({dtype}, torch.device('{device}')) once before torch.compile"
+                    f"c2c_ext: call fuser.packed({dtype}, torch.device('{device}')) once before "
+                    "torch.compile"
                 )
             return self._packs[key][1]
         state = self._state()
@@ -145,7 +146,7 @@ class Fuser(nn.Module):
         self._packs.clear()
 
     def _state(self) -> tuple:
-        # Identity, version and place of every parameter: changes with any write that autograd tracks.
+        # Identity, version and place of every parameter: changes with any tracked write.
         return tuple(
             (id(p), -1 if p.is_inference() else p._version, p.data_ptr(), p.dtype, p.device)
             for p in self.parameters()

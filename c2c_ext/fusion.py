@@ -107,7 +107,8 @@ def _check_layers(name: str, pairs: KVPairs, expected: int) -> None:
     if len(pairs) != expected:
         side = name.split("_")[0]
         raise ValueError(
-            f"c2c_ext.fuse: {name} must have {expected} layers (the fuser's {side}), got {len(pairs)}"
+            f"c2c_ext.fuse: {name} must have {expected} layers (the fuser's {side}), "
+            f"got {len(pairs)}"
         )
     tokens = pairs[0][0].shape[2]
     for i, pair in enumerate(pairs):
@@ -150,8 +151,8 @@ def _checked_map(token_map: Tensor, tokens: int, first: Tensor, sharer_length: i
             raise ValueError(f"c2c_ext.fuse: token_map's minimum must be at least -1, got {low}")
         if high >= sharer_length:
             raise ValueError(
-                f"c2c_ext.fuse: sharer_cache dim 2 (tokens) must exceed token_map's maximum {high}, "
-                f"got {sharer_length}"
+                f"c2c_ext.fuse: sharer_cache dim 2 (tokens) must exceed token_map's maximum "
+                f"{high}, got {sharer_length}"
             )
     return token_map.to(first.device)
 
@@ -190,7 +191,8 @@ def _check_for_reference(receiver: KVPairs, sharer: KVPairs, fuser: Fuser) -> No
                 ):
                     if t.shape[dim] != expected:
                         raise ValueError(
-                            f"{name} dim {dim} ({meaning}) must equal {expected}, got {t.shape[dim]}"
+                            f"{name} dim {dim} ({meaning}) must equal {expected}, "
+                            f"got {t.shape[dim]}"
                         )
                 if t.dtype != first.dtype or t.device != first.device:
                     raise ValueError(

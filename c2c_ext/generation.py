@@ -1,9 +1,9 @@
 """attach / detach / attached: a transformers receiver whose `generate` answers from a fused cache.
 
-An attached receiver is the same object with a dynamic subclass of its own class. `generate` arms one
-fusion; the first `prepare_inputs_for_generation` of that call prefills both models on the prompt
-without its last token, fuses, fills the cache that `generate` decodes from, and leaves the rest of
-the prompt to the receiver. Everything else of `generate` is transformers' own.
+An attached receiver is the same object with a dynamic subclass of its own class. `generate` arms
+one fusion; the first `prepare_inputs_for_generation` of that call prefills both models on the
+prompt without its last token, fuses, fills the cache that `generate` decodes from, and leaves the
+rest of the prompt to the receiver. Everything else of `generate` is transformers' own.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Call:
 
 @dataclass
 class _Attachment:
-    """What `attach` hangs on the receiver. Not a module, so the sharer is no part of the receiver."""
+    """What `attach` hangs on the receiver: no module, so the sharer is no part of the receiver."""
 
     original_class: type
     sharer: PreTrainedModel
@@ -245,13 +245,14 @@ def _fuse_prompt(
     held = int(cache.get_seq_length())
     if held:
         raise ValueError(
-            f"c2c_ext: past_key_values must be empty for an attached receiver, it holds {held} tokens"
+            f"c2c_ext: past_key_values must be empty for an attached receiver, it holds {held} "
+            "tokens"
         )
     rows, given = input_ids.shape
     if given < call.prompt_length:
         raise ValueError(
-            f"c2c_ext: the first step must see the whole prompt of {call.prompt_length} tokens, got "
-            f"{given}: prefill_chunk_size is not supported by an attached receiver"
+            f"c2c_ext: the first step must see the whole prompt of {call.prompt_length} tokens, "
+            f"got {given}: prefill_chunk_size is not supported by an attached receiver"
         )
     length = call.prompt_length - 1
     if length == 0:
@@ -265,6 +266,9 @@ def _fuse_prompt(
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
         cache.update(key, value, layer, write_positions)
+        if getattr(cache.layers[layer], "record_past", False):
+            # Assisted decoding makes a sliding layer keep more than its window until it is cropped.
+            cache.layers[layer].crop(0)
     kwargs = {**kwargs, "past_key_values": cache}
     if _TRIMS_BY_LENGTH:
         kwargs["next_sequence_length"] = given - length
@@ -300,7 +304,7 @@ def _fused_cache(
 def _prefill(
     model: PreTrainedModel, ids: Tensor, mask: Tensor | None, position_ids: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """(key, value) ``[batch, heads, n, dim]`` of every layer, all n tokens of sliding layers too."""
+    """(key, value) ``[batch, heads, n, dim]`` of every layer, sliding ones too."""
     cache = DynamicCache()  # made without the configuration, so that no layer slides
     # The base model: no logits are needed, and a compiled forward is left alone.
     model.base_model(
@@ -356,8 +360,8 @@ def _fused_columns(
     if given.dtype == torch.bool:
         if given.shape not in ((length,), (batch, length)):
             raise ValueError(
-                f"c2c_ext: a positions mask must be [{length}] or [{batch}, {length}] (the prompt's "
-                f"shape), got {list(given.shape)}"
+                f"c2c_ext: a positions mask must be [{length}] or [{batch}, {length}] (the "
+                f"prompt's shape), got {list(given.shape)}"
             )
         given = given.reshape(-1, length)
         if given[:, -1].any():
@@ -365,14 +369,15 @@ def _fused_columns(
         return given[:, :-1]
     if given.ndim != 1:
         raise ValueError(
-            f"c2c_ext: positions must be a 1-D list of columns or a bool mask, got integers of shape "
-            f"{list(given.shape)}"
+            "c2c_ext: positions must be a 1-D list of columns or a bool mask, got integers of "
+            f"shape {list(given.shape)}"
         )
     columns = torch.zeros(1, length - 1, dtype=torch.bool)
     for column in given.tolist():
         if not 0 <= column < length - 1:
             raise ValueError(
-                f"c2c_ext: positions must be at least 0 and at most {length - 2} ({rule}), got {column}"
+                f"c2c_ext: positions must be at least 0 and at most {length - 2} ({rule}), "
+                f"got {column}"
             )
         columns[0, column] = True
     return columns

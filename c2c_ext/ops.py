@@ -79,9 +79,11 @@ def fuse_(
         out: one (key, value) per receiver layer, each ``[B, Ht, N, Dt]``; may be ``base`` itself.
             Closed streams are not touched.
         base: as ``out``; the receiver's clean slices.
-        sharer: one (key, value) per sharer layer, each ``[B, Hs, S, Ds]``; S >= N, or any with a map.
+        sharer: one (key, value) per sharer layer, each ``[B, Hs, S, Ds]``; S >= N, or
+            any S with a map.
         packed: the fuser's packed form for the caches' dtype and device.
-        token_map: int64 ``[N]`` or ``[B, N]``; values outside ``0 .. S-1`` leave the token as it is.
+        token_map: int64 ``[N]`` or ``[B, N]``; values outside ``0 .. S-1`` leave the token
+            as it is.
         accumulate: ``out += gate * w * P`` in place of ``out = base + gate * w * P``.
 
     Raises:

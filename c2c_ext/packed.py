@@ -1,8 +1,8 @@
 """PackedFuser: the inference form of a fuser. Closed streams dropped, linear maps folded.
 
 What folds, exactly: each norm's gain into the map behind it; the two maps that read the shared
-block's output into one; the last W2 of a branch into that branch's output map (the projection's only
-where that adds no work). Folded in float64 and rounded once.
+block's output into one; the last W2 of a branch into that branch's output map (the
+projection's only where that adds no work). Folded in float64 and rounded once.
 """
 
 from __future__ import annotations

@@ -1,0 +1,292 @@
+"""Fusers in the on-disk format of the public C2C research code, read as data.
+
+A directory of ``projector_{i}.pt`` (a state dict; loaded with weights_only), ``projector_{i}.json``
+(class name and arguments) and ``projector_config.json``:
+``{receiver model: {sharer model: {receiver layer: [[sharer layer, projector index]]}}}``.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .config import MAX_LAYERS, FuserConfig, KVShape, ModelKV
+from .serialization import (
+    assemble,
+    check_finite,
+    check_names,
+    check_shape,
+    existing_directory,
+    existing_file,
+    read_json,
+)
+
+if TYPE_CHECKING:
+    from .fuser import Fuser
+
+PROJECTOR_CLASS = "C2CProjector"
+# Arguments that fix shapes, and those that only training reads (kept where we have a place).
+SHAPE_ARGUMENTS = (
+    "source_dim",
+    "target_dim",
+    "source_num_heads",
+    "target_num_heads",
+    "hidden_dim",
+    "intermediate_dim",
+    "num_layers",
+)
+TRAINING_ARGUMENTS = (
+    "dropout",
+    "initial_temperature",
+    "final_temperature",
+    "anneal_steps",
+    "dtype",
+)
+KINDS = ("key", "value")
+MAX_PROJECTOR_BYTES = 1 << 32
+
+
+def load_published(
+    directory: str | os.PathLike, *, receiver_config: Any = None, sharer_config: Any = None
+) -> Fuser:
+    """Reads a published directory; see `Fuser.from_published`."""
+    from .fuser import Fuser
+
+    path = existing_directory(directory)
+    mapping = _read_mapping(path / "projector_config.json")
+    projectors = {index: _read_arguments(path, index) for index in {p for _, p in mapping}}
+    config = _build_config(path, mapping, projectors, receiver_config, sharer_config)
+
+    states = {index: _read_state(path, index, projectors[index]) for index in projectors}
+    dtype = _common_dtype(states)
+    tensors: dict[str, Tensor] = {}
+    for g, layers in enumerate(config.shape_groups()):
+        streams = [
+            _stream_tensors(states[mapping[layer][1]], kind, config.depth)
+            for layer in layers
+            for kind in KINDS
+        ]
+        for name in streams[0]:
+            tensors[f"groups.{g}.{name}"] = torch.stack([s[name].to(dtype) for s in streams])
+    return assemble(Fuser, config, tensors)
+
+
+def _read_mapping(path: Path) -> list[tuple[int, int]]:
+    """(sharer layer, projector index) of every receiver layer."""
+    data = read_json(path)
+    for level in ("receiver model", "sharer model"):
+        if not isinstance(data, Mapping) or len(data) != 1:
+            count = len(data) if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(f"c2c_ext: {path} must name exactly one {level}, got {count}")
+        data = next(iter(data.values()))
+    if not isinstance(data, Mapping) or not 1 <= len(data) <= MAX_LAYERS:
+        raise ValueError(f"c2c_ext: {path} must map 1..{MAX_LAYERS} receiver layers")
+    mapping = []
+    for layer in range(len(data)):
+        pairs = data.get(str(layer))
+        if pairs is None:
+            raise ValueError(
+                f"c2c_ext: {path}: receiver layers must be 0..{len(data) - 1}, {layer} is missing"
+            )
+        if not isinstance(pairs, list) or len(pairs) != 1:
+            raise ValueError(
+                f"c2c_ext: {path}: receiver layer {layer} must have exactly one "
+                f"[sharer layer, projector] pair, got {pairs!r:.80}"
+            )
+        pair = pairs[0]
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(type(x) is int and 0 <= x < MAX_LAYERS for x in pair)
+        ):
+            raise ValueError(
+                f"c2c_ext: {path}: receiver layer {layer}: a pair must be two integers in "
+                f"0..{MAX_LAYERS - 1}, got {pair!r:.80}"
+            )
+        mapping.append((pair[0], pair[1]))
+    return mapping
+
+
+def _read_arguments(path: Path, index: int) -> dict[str, Any]:
+    file = path / f"projector_{index}.json"
+    data = read_json(file)
+    if not isinstance(data, Mapping) or data.get("class") != PROJECTOR_CLASS:
+        got = data.get("class") if isinstance(data, Mapping) else type(data).__name__
+        raise ValueError(f"c2c_ext: {file}: class must be {PROJECTOR_CLASS!r}, got {got!r:.80}")
+    arguments = data.get("init_args")
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"c2c_ext: {file}: init_args must be an object")
+    for name in SHAPE_ARGUMENTS:
+        value = arguments.get(name)
+        if type(value) is not int or not 1 <= value <= 1 << 18:
+            raise ValueError(
+                f"c2c_ext: {file}: init_args.{name} must be an integer in 1..{1 << 18}, "
+                f"got {value!r:.80}"
+            )
+    unknown = sorted(set(arguments) - set(SHAPE_ARGUMENTS) - set(TRAINING_ARGUMENTS))
+    if unknown:
+        warnings.warn(f"c2c_ext: {file}: arguments ignored: {', '.join(unknown)}", stacklevel=4)
+    return dict(arguments)
+
+
+def _build_config(
+    path: Path,
+    mapping: list[tuple[int, int]],
+    projectors: dict[int, dict[str, Any]],
+    receiver_config: Any,
+    sharer_config: Any,
+) -> FuserConfig:
+    first_index = mapping[0][1]
+    first = projectors[first_index]
+    for index, arguments in projectors.items():
+        for name in ("hidden_dim", "intermediate_dim", "num_layers"):
+            if arguments[name] != first[name]:
+                raise ValueError(
+                    f"c2c_ext: {path}: projectors must agree on {name}: projector_{first_index} "
+                    f"has {first[name]}, projector_{index} has {arguments[name]}"
+                )
+    receiver_shapes = [
+        KVShape(projectors[p]["target_num_heads"], projectors[p]["target_dim"]) for _, p in mapping
+    ]
+    used = {
+        source: KVShape(projectors[p]["source_num_heads"], projectors[p]["source_dim"])
+        for source, p in mapping
+    }
+    for source, p in mapping:
+        shape = KVShape(projectors[p]["source_num_heads"], projectors[p]["source_dim"])
+        if used[source] != shape:
+            raise ValueError(
+                f"c2c_ext: {path}: projectors disagree on the KV shape of sharer layer {source}"
+            )
+    receiver = ModelKV("", "", tuple(receiver_shapes))
+    if receiver_config is not None:
+        receiver = _checked_model("receiver", receiver_config, dict(enumerate(receiver_shapes)))
+        if len(receiver.layers) != len(receiver_shapes):
+            raise ValueError(
+                f"c2c_ext: receiver_config must have {len(receiver_shapes)} layers (the "
+                f"projectors), got {len(receiver.layers)}"
+            )
+    if sharer_config is not None:
+        sharer = _checked_model("sharer", sharer_config, used)
+    else:
+        # Layers that nothing reads have no recorded shape; they get that of a layer in use.
+        spare = used[mapping[0][0]]
+        sharer = ModelKV("", "", tuple(used.get(i, spare) for i in range(max(used) + 1)))
+    dropout = first.get("dropout", 0.1)
+    return FuserConfig(
+        receiver=receiver,
+        sharer=sharer,
+        layer_map=tuple(source for source, _ in mapping),
+        hidden_size=first["hidden_dim"],
+        intermediate_size=first["intermediate_dim"],
+        depth=first["num_layers"],
+        activation="gelu",  # the only one the published projector has
+        dropout=dropout,
+    )
+
+
+def _checked_model(side: str, model_config: Any, shapes: dict[int, KVShape]) -> ModelKV:
+    model = ModelKV.from_config(model_config)
+    for layer, shape in shapes.items():
+        if layer >= len(model.layers):
+            raise ValueError(
+                f"c2c_ext: {side}_config must have more than {layer} layers (layer {layer} is "
+                f"mapped), got {len(model.layers)}"
+            )
+        got = model.layers[layer]
+        if got != shape:
+            raise ValueError(
+                f"c2c_ext: {side}_config layer {layer} must have {shape.num_heads} KV heads x "
+                f"{shape.head_dim} (the projectors), got {got.num_heads} x {got.head_dim}"
+            )
+    return model
+
+
+def _published_shapes(arguments: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """State-dict name -> shape of one projector."""
+    h, m = arguments["hidden_dim"], arguments["intermediate_dim"]
+    heads = arguments["target_num_heads"]
+    width = heads * arguments["target_dim"]
+    source = arguments["source_num_heads"] * arguments["source_dim"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for kind in KINDS:
+        blocks = {f"{kind}_mlp1.blocks.0": m, f"{kind}_scalar_mlp2.blocks.0": h}
+        blocks |= {
+            f"{kind}_proj_mlp2.blocks.{i}": m for i in range(max(arguments["num_layers"] - 2, 0))
+        }
+        for block, inner in blocks.items():
+            shapes[f"{block}.norm.weight"] = (h,)
+            shapes[f"{block}.w1.weight"] = (inner, h)
+            shapes[f"{block}.w2.weight"] = (h, inner)
+        shapes[f"{kind}_in.weight"], shapes[f"{kind}_in.bias"] = (h, source + width), (h,)
+        shapes[f"{kind}_proj_out.weight"], shapes[f"{kind}_proj_out.bias"] = (width, h), (width,)
+        shapes[f"{kind}_scalar_head.weight"] = (heads, h)
+        shapes[f"{kind}_scalar_head.bias"] = (heads,)
+        shapes[f"{kind}_gate_logit"] = ()
+    return shapes
+
+
+def _read_state(path: Path, index: int, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    file = existing_file(path / f"projector_{index}.pt")
+    size = file.stat().st_size
+    if size > MAX_PROJECTOR_BYTES:
+        raise ValueError(f"c2c_ext: {file} must be at most {MAX_PROJECTOR_BYTES} bytes, got {size}")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"c2c_ext: {file} is not a state dict of plain tensors: {reason}"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(k, str) for k in state):
+        raise ValueError(f"c2c_ext: {file} must hold a dict of tensors, got {type(state).__name__}")
+    expected = _published_shapes(arguments)
+    state = {name: t for name, t in state.items() if name != "gate_temperature"}  # training's
+    check_names(state, expected, str(file))
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"c2c_ext: {file}: {name} must be a floating-point tensor")
+        check_shape(name, tensor.shape, expected[name], str(file))
+    check_finite(state.items(), str(file))
+    return state
+
+
+def _common_dtype(states: Mapping[int, Mapping[str, Tensor]]) -> torch.dtype:
+    dtype = None
+    for state in states.values():
+        for tensor in state.values():
+            dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+    assert dtype is not None
+    return dtype
+
+
+def _stream_tensors(state: Mapping[str, Tensor], kind: str, depth: int) -> dict[str, Tensor]:
+    """One projector's key or value path under the names of `FuserGroup`."""
+
+    def block(name: str) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(state[f"{kind}_{name}.{part}.weight"] for part in ("norm", "w1", "w2"))
+
+    shared, weight = block("mlp1.blocks.0"), block("scalar_mlp2.blocks.0")
+    proj = [block(f"proj_mlp2.blocks.{i}") for i in range(depth - 2)]
+    return {
+        "in_weight": state[f"{kind}_in.weight"],
+        "in_bias": state[f"{kind}_in.bias"],
+        **dict(zip(("shared_norm", "shared_w1", "shared_w2"), shared, strict=True)),
+        **{
+            name: torch.stack([b[i] for b in proj])
+            for i, name in enumerate(("proj_norm", "proj_w1", "proj_w2"))
+        },
+        "out_weight": state[f"{kind}_proj_out.weight"],
+        "out_bias": state[f"{kind}_proj_out.bias"],
+        **dict(zip(("weight_norm", "weight_w1", "weight_w2"), weight, strict=True)),
+        "head_weight": state[f"{kind}_scalar_head.weight"],
+        "head_bias": state[f"{kind}_scalar_head.bias"],
+        "gate_logit": state[f"{kind}_gate_logit"],
+    }
