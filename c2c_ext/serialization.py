@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "fuser_config.json"
 WEIGHTS_NAME = "fuser.safetensors"
+FINGERPRINT_KEY = "c2c_ext.fuser"
 MAX_JSON_BYTES = 4 << 20
 WEIGHT_DTYPES = {
     "F64": torch.float64,
@@ -43,7 +44,8 @@ def save_fuser(fuser: Fuser, directory: str | os.PathLike) -> None:
     path.mkdir(parents=True, exist_ok=True)
     # The weights name the configuration they belong to, so that a directory caught between the two
     # replacements of an overwrite is refused and not silently mixed.
-    metadata = {"format": "pt", "fuser": _fingerprint(fuser.config)}
+    # A single entry: safetensors writes several in no fixed order, and equal fusers give equal files.
+    metadata = {FINGERPRINT_KEY: _fingerprint(fuser.config)}
     write_atomically(
         path / WEIGHTS_NAME, lambda temporary: save_file(tensors, temporary, metadata=metadata)
     )
@@ -80,7 +82,7 @@ def load_fuser(directory: str | os.PathLike) -> Fuser:
                 raise ValueError(
                     f"c2c_ext: {weights}: all tensors must have one dtype, got {sorted(dtypes)}"
                 )
-            stamp = (file.metadata() or {}).get("fuser")
+            stamp = (file.metadata() or {}).get(FINGERPRINT_KEY)
             if stamp is not None and stamp != _fingerprint(config):
                 raise ValueError(
                     f"c2c_ext: {weights} and {CONFIG_NAME} beside it come from different saves "
