@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -134,10 +135,9 @@ class Fuser(nn.Module):
                     "torch.compile"
                 )
             return self._packs[key][1]
-        state = self._state()
         held = self._packs.get(key)
-        if held is None or held[0] != state:
-            held = (state, pack_fuser(self, dtype, device))
+        if held is None or not self._unchanged(held[0]):
+            held = (self._state(), pack_fuser(self, dtype, device))
             self._packs[key] = held
         return held[1]
 
@@ -145,11 +145,15 @@ class Fuser(nn.Module):
         """Forgets every packed form; the next use builds anew from the parameters."""
         self._packs.clear()
 
-    def _state(self) -> tuple:
-        # Identity, version and place of every parameter: changes with any tracked write.
-        return tuple(
-            (id(p), -1 if p.is_inference() else p._version, p.data_ptr(), p.dtype, p.device)
-            for p in self.parameters()
+    def _state(self) -> list[tuple[weakref.ref, tuple]]:
+        # By weak reference: the id of a parameter that was replaced can be given out again.
+        return [(weakref.ref(p), _written(p)) for p in self.parameters()]
+
+    def _unchanged(self, state: list[tuple[weakref.ref, tuple]]) -> bool:
+        parameters = list(self.parameters())
+        return len(parameters) == len(state) and all(
+            known() is p and written == _written(p)
+            for p, (known, written) in zip(parameters, state, strict=True)
         )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Fuser:
@@ -211,6 +215,11 @@ class Fuser(nn.Module):
         return load_published(
             directory, receiver_config=receiver_config, sharer_config=sharer_config
         )
+
+
+def _written(p: Tensor) -> tuple:
+    """Version and place of a parameter: changes with any write that autograd tracks."""
+    return (-1 if p.is_inference() else p._version, p.data_ptr(), p.dtype, p.device)
 
 
 def group_parameter_shapes(config: FuserConfig, layers: list[int]) -> dict[str, tuple[int, ...]]:
