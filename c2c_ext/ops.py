@@ -23,7 +23,17 @@ __all__ = ["_C", "fuse_", "group_arguments"]
 
 @torch.library.register_fake("c2c::fuse_")
 def _fuse_fake(*args: object) -> None:
-    """The op returns nothing; what it writes keeps its shape."""
+    """The op returns nothing; what it writes keeps its shape.
+
+    One meta tensor among real ones is enough to be sent here, where it would fuse nothing.
+    """
+    tensors = [t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,))]
+    devices = {t.device for t in tensors if isinstance(t, Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(
+            "c2c_ext.fuse: caches, token_map and weights must be on one device, got "
+            + ", ".join(sorted(map(str, devices)))
+        )
 
 
 def group_arguments(
