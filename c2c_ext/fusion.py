@@ -82,7 +82,7 @@ def fuse(
         )
     sharer_view = sharer if token_map is not None else _window(sharer, start, end)
     if wanted or first.device.type != "cpu":
-        _check_for_reference(receiver, sharer, fuser)
+        _check_shapes(receiver, sharer, fuser)
         base = _window(receiver, start, end)
         fused = reference.fuse(base, sharer_view, fuser, token_map=token_map)
         if inplace:
@@ -96,6 +96,8 @@ def fuse(
     target = receiver if inplace else kv_layers(result, "receiver_cache")
     base = _window(target, start, end)
     packed = fuser.packed(first.dtype, first.device)
+    if len(packed.groups) > 1:  # one op call each: a later one must not fail after writing
+        _check_shapes(receiver, sharer, fuser)
     ops.fuse_(base, base, sharer_view, packed, token_map=token_map)
     if inplace and not torch.compiler.is_compiling():
         written = [t for pair in receiver for t in pair if not t.is_inference()]
@@ -173,8 +175,8 @@ def _spliced(whole: KVPairs, fused: KVPairs, start: int, end: int) -> KVPairs:
     ]
 
 
-def _check_for_reference(receiver: KVPairs, sharer: KVPairs, fuser: Fuser) -> None:
-    """What the compiled op checks itself, for the path that does not reach it."""
+def _check_shapes(receiver: KVPairs, sharer: KVPairs, fuser: Fuser) -> None:
+    """What the compiled op checks itself, for the paths on which it would not or too late."""
     first = receiver[0][0]
     sides: Sequence = (
         ("receiver", receiver, fuser.config.receiver.layers),
