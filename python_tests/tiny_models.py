@@ -1,0 +1,102 @@
+"""Tiny random receivers, sharers and fusers whose fusion visibly changes what the receiver says."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from c2c_ext.config import FuserConfig
+from c2c_ext.fuser import Fuser
+
+VOCABULARY = 97
+# Layers, heads and head dimensions all differ between receivers and sharers.
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+_RECEIVER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+}
+_SHARER = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+RECEIVERS = {
+    "qwen3": Qwen3Config,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,  # every layer slides
+    "gemma2": Gemma2Config,  # every other layer slides; soft caps
+}
+SLIDING_WINDOW = 5  # shorter than the prompts of the tests
+
+
+def receiver_model(kind: str = "qwen3", **changes: object) -> PreTrainedModel:
+    """A 3-layer receiver; ``kind`` is a key of `RECEIVERS`."""
+    window = {"sliding_window": SLIDING_WINDOW} if kind in ("mistral", "gemma2") else {}
+    return _model(RECEIVERS[kind](**{**_COMMON, **_RECEIVER, **window, **changes}), seed=1)
+
+
+def sharer_model(**changes: object) -> PreTrainedModel:
+    """A 5-layer Llama sharer."""
+    return _model(LlamaConfig(**{**_COMMON, **_SHARER, **changes}), seed=2)
+
+
+def other_sharer_model() -> PreTrainedModel:
+    """A 2-layer Qwen2 sharer, shallower than the receivers."""
+    shape = {
+        **_SHARER,
+        "num_hidden_layers": 2,
+    }
+    del shape["head_dim"]
+    return _model(Qwen2Config(**_COMMON, **shape), seed=3)
+
+
+def fuser_between(receiver: PreTrainedModel, sharer: PreTrainedModel, **changes: object) -> Fuser:
+    """A small fuser with all gates open and outputs as large as the caches themselves."""
+    settings = {"hidden_size": 20, "intermediate_size": 28, "depth": 4, "dropout": 0.0, **changes}
+    torch.manual_seed(4)
+    fuser = Fuser(FuserConfig.for_models(receiver.config, sharer.config, **settings)).eval()
+    with torch.no_grad():
+        for group in fuser.groups:
+            group.out_weight.mul_(4.0)
+            group.out_bias.mul_(4.0)
+    return fuser
+
+
+def close_all_gates(fuser: Fuser) -> None:
+    """Zero is closed: a gate is open iff its logit is > 0."""
+    with torch.no_grad():
+        for group in fuser.groups:
+            group.gate_logit.zero_()
+
+
+def _model(config: object, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # The default initialisation is so small that every prompt gives the same answer.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
+    return model
