@@ -92,6 +92,12 @@ class ModelKV:
             name = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
         return cls(model_type, name, tuple(shapes))
 
+    def summary(self) -> str:
+        """One phrase, e.g. ``qwen3 (28 layers, 8 x 128)``."""
+        shapes = {f"{s.num_heads} x {s.head_dim}": None for s in self.layers}
+        name = " ".join(filter(None, (self.model_type or "unnamed model", self.name)))
+        return f"{name} ({len(self.layers)} layers, {' and '.join(shapes)})"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; layers as ``[num_heads, head_dim]`` pairs."""
         return {
@@ -237,6 +243,50 @@ class FuserConfig:
         for layer in range(len(self.receiver.layers)):
             groups.setdefault(self.layer_shapes(layer), []).append(layer)
         return list(groups.values())
+
+    def num_parameters(self) -> int:
+        """Parameters of a fuser with this configuration, gates included."""
+        h, m, total = self.hidden_size, self.intermediate_size, 0
+        for layer in range(len(self.layer_map)):
+            sharer, receiver = self.layer_shapes(layer)
+            blocks = (self.depth - 1) * (h + 2 * m * h) + h + 2 * h * h
+            ends = (sharer.width + receiver.width + 1) * h + (
+                receiver.width + receiver.num_heads
+            ) * (h + 1)
+            total += 2 * (blocks + ends + 1)
+        return total
+
+    def mismatches(
+        self, receiver: ModelKV | None = None, sharer: ModelKV | None = None
+    ) -> list[str]:
+        """What keeps this fuser from working between two models; empty if it fits.
+
+        Compares layer counts and the KV shapes of the layers that are fused or read; one sentence
+        per difference, with both numbers. A model that is not given is not compared.
+        """
+        sides = (
+            ("receiver", receiver, self.receiver, range(len(self.receiver.layers))),
+            ("sharer", sharer, self.sharer, sorted(set(self.layer_map))),
+        )
+        problems = []
+        for side, model, expected, layers in sides:
+            if model is None:
+                continue
+            if len(model.layers) != len(expected.layers):
+                problems.append(
+                    f"the fuser was made for a {side} of {len(expected.layers)} layers, this one "
+                    f"has {len(model.layers)}"
+                )
+                continue
+            for i in layers:
+                for number in ("num_heads", "head_dim"):
+                    wanted, got = (getattr(x.layers[i], number) for x in (expected, model))
+                    if wanted != got:
+                        problems.append(
+                            f"the fuser was made for {number} {wanted} in {side} layer {i}, this "
+                            f"one has {got}"
+                        )
+        return problems
 
     def to_json(self) -> str:
         """The text of fuser_config.json."""

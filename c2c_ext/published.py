@@ -31,6 +31,7 @@ from .serialization import (
 if TYPE_CHECKING:
     from .fuser import Fuser
 
+PROJECTOR_CONFIG_NAME = "projector_config.json"
 PROJECTOR_CLASS = "C2CProjector"
 # Arguments that fix shapes, and those that only training reads (kept where we have a place).
 SHAPE_ARGUMENTS = (
@@ -60,7 +61,7 @@ def load_published(
     from .fuser import Fuser
 
     path = existing_directory(directory)
-    mapping = _read_mapping(path / "projector_config.json")
+    mapping = _read_mapping(path / PROJECTOR_CONFIG_NAME)
     projectors = {index: _read_arguments(path, index) for index in {p for _, p in mapping}}
     config = _build_config(path, mapping, projectors, receiver_config, sharer_config)
 

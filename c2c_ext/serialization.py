@@ -44,7 +44,7 @@ def save_fuser(fuser: Fuser, directory: str | os.PathLike) -> None:
     path.mkdir(parents=True, exist_ok=True)
     # The weights name the configuration they belong to, so that a directory caught between the two
     # replacements of an overwrite is refused and not silently mixed.
-    # A single entry: safetensors writes several in no fixed order, and equal fusers give equal files.
+    # A single entry: safetensors writes several in no fixed order; equal fusers give equal files.
     metadata = {FINGERPRINT_KEY: _fingerprint(fuser.config)}
     write_atomically(
         path / WEIGHTS_NAME, lambda temporary: save_file(tensors, temporary, metadata=metadata)

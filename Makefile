@@ -1,0 +1,56 @@
+# make demo   two models talk through their caches      make test   the whole test suite
+# make lint   ruff and clang-format, as CI runs them    make clean  everything built or installed here
+PYTHON ?= python3
+VENV ?= .venv
+export C2C_EXT_CUDA ?= auto
+export MAX_JOBS ?= 2
+# Covers isolated builds too, so that nothing pulls in another torch.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test test-oldest lint format tiny-pair clean
+
+demo: $(VENV)/.built
+	$(VENV)/bin/c2c demo
+
+test: $(VENV)/.built
+	$(VENV)/bin/python -m pytest
+
+# The oldest supported transformers, on a wheel that pip builds in isolation, outside the checkout.
+test-oldest:
+	tools/test_installed.sh "$(PYTHON)" .venv-oldest transformers==4.57.6
+
+lint: $(VENV)/.linters
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.linters
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+# Trains the demo's pair from scratch (minutes); the result differs from the shipped one only where
+# machine or torch version do.
+tiny-pair: $(VENV)/.built
+	$(VENV)/bin/python -m c2c_ext.demo.train --seed 0 --output build/tiny_pair
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.created $(BUILD_INPUTS)
+	@echo "installing torch and building (a few minutes the first time)"
+	$(PIP) setuptools wheel cmake ninja pybind11 torch
+	$(PIP) --no-build-isolation --editable '.[demo,test]'
+	touch $@
+
+$(VENV)/.linters: $(VENV)/.created pyproject.toml
+	$(PIP) ruff clang-format
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache c2c_ext/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,50 @@
+"""The `c2c` command line. Each subcommand lives in a module of its own, imported when called."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `c2c`; returns the exit status (2 for wrong arguments or bad input)."""
+    parser = argparse.ArgumentParser(
+        prog="c2c", description="Cache-to-Cache: LLMs that talk through their KV-caches."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser(
+        "demo", help="two shipped models answer, through their caches, what neither knows alone"
+    )
+    demo.add_argument("--entity", metavar="NAME", help="ask about this entity")
+    demo.add_argument("--ask", metavar="ATTRIBUTE", help="ask for this attribute of it")
+    demo.add_argument(
+        "--rivals", action="store_true", help="ask for the value's rival, which the receiver knows"
+    )
+
+    info = commands.add_parser(
+        "info", help="build, versions, devices; whether two models and a fuser fit"
+    )
+    info.add_argument("--receiver", metavar="DIR", help="the receiver's model directory")
+    info.add_argument("--sharer", metavar="DIR", help="the sharer's model directory")
+    info.add_argument("--fuser", metavar="DIR", help="a fuser directory, ours or a published one")
+
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "demo":
+            from .demo.command import run_demo
+
+            return run_demo(options.entity, options.ask, rivals=options.rivals)
+        from .info import run_info
+
+        return run_info(options.receiver, options.sharer, options.fuser)
+    except (ValueError, OSError) as error:
+        print(f"c2c {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
