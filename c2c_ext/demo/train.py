@@ -50,24 +50,24 @@ class Recipe:
     """Every number of the demo's training; tuned on seed 0 alone."""
 
     sharer_model: dict = field(
-        default_factory=lambda: dict(
-            hidden_size=80,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            intermediate_size=200,
-        )
+        default_factory=lambda: {
+            "hidden_size": 80,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "intermediate_size": 200,
+        }
     )
     receiver_model: dict = field(
-        default_factory=lambda: dict(
-            hidden_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=16,
-            intermediate_size=128,
-        )
+        default_factory=lambda: {
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "intermediate_size": 128,
+        }
     )
     init_std: float = 0.05
 
