@@ -31,6 +31,9 @@ _TRIMS_BY_LENGTH = (
     in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
 
+# Tensors about the prompt that the prefills follow, and labels, which generate drops.
+_PROMPT_TENSORS = ("attention_mask", "position_ids", "cache_position", "labels")
+
 
 @dataclass
 class _Call:
@@ -98,8 +101,9 @@ class _FusedGeneration:
 
         Raises:
             ValueError: a wrong ``positions``; token ids that the sharer's vocabulary lacks;
-                ``inputs_embeds``, ``use_cache=False``, a cache that already holds tokens, or a
-                prompt processed in chunks: not supported.
+                not supported: ``inputs_embeds`` and any other prompt tensor but a mask and
+                position ids, ``use_cache=False``, a cache that already holds tokens, a prompt
+                processed in chunks.
             TypeError: ``positions`` neither integers nor bools.
         """
         attachment: _Attachment = getattr(self, _ATTACHMENT)
@@ -239,6 +243,12 @@ def _fuse_prompt(
             "c2c_ext: use_cache=False is not supported by an attached receiver: there is no cache "
             "to fuse"
         )
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and name not in _PROMPT_TENSORS:
+            raise ValueError(
+                f"c2c_ext: {name} is not supported by an attached receiver: its prompt is read as "
+                "token ids alone"
+            )
     cache = kwargs.get("past_key_values")
     if cache is None:  # some versions leave the default cache to the model's forward
         cache = DynamicCache()
@@ -261,11 +271,12 @@ def _fuse_prompt(
     mask = kwargs.get("attention_mask")
     mask = None if mask is None else mask[::repeats, :length]
     fused = _fused_cache(receiver, attachment, call, input_ids[::repeats, :length], mask)
-    write_positions = {"cache_position": torch.arange(length, device=input_ids.device)}
     for layer, (key, value) in enumerate(fused):
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-        cache.update(key, value, layer, write_positions)
+        # Static caches of older versions are told where to write; newer ones ignore it.
+        columns = torch.arange(length, device=key.device)
+        cache.update(key, value, layer, {"cache_position": columns})
         if getattr(cache.layers[layer], "record_past", False):
             # Assisted decoding makes a sliding layer keep more than its window until it is cropped.
             cache.layers[layer].crop(0)

@@ -42,6 +42,15 @@ def trio():
     return receiver, sharer, tiny_models.fuser_between(receiver, sharer)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small lose time to threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left(request):
     """Every test must leave the shared receivers as it found them."""
@@ -268,6 +277,21 @@ def test_left_padding_matches_plain_loop_and_each_prompt_alone(each_trio):
                 padding = max(lengths) - length
                 torch.testing.assert_close(tensor[row, :, padding:], expected_tensor[0], **CLOSE)
     assert_visible(expected, receiver, ids, mask)
+
+
+def test_left_padding_in_a_static_cache_and_own_position_ids_match_plain_loop(trio):
+    receiver, sharer, fuser = trio
+    ids, mask = left_padded()
+    kv = plain_loop.fused_prompt(receiver, sharer, fuser, ids, mask)
+    expected = plain_loop.decode(receiver, kv, ids, STEPS, mask=mask)
+    own = (mask.cumsum(-1) - 1).clamp(min=0)
+    with attached(receiver, sharer, fuser):
+        static = generate(receiver, ids, attention_mask=mask, cache_implementation="static")
+        given = generate(receiver, ids, attention_mask=mask, position_ids=own, max_new_tokens=1)
+        moved = generate(receiver, ids, attention_mask=mask, position_ids=2 * own, max_new_tokens=1)
+    assert_same_run(static, ids, expected, kv=False)
+    torch.testing.assert_close(given.logits[0], expected.logits[:, 0], **CLOSE)
+    assert (moved.logits[0] - given.logits[0]).abs().max() > VISIBLE
 
 
 def test_padding_token_outside_the_sharers_vocabulary_is_harmless(trio):
@@ -597,6 +621,8 @@ def test_what_an_attached_receiver_does_not_support_is_refused(trio):
             generate(receiver, ids, use_cache=False)
         with pytest.raises(ValueError, match="inputs_embeds"):
             generate(receiver, None, inputs_embeds=torch.zeros(1, 3, 32))
+        with pytest.raises(ValueError, match=r"cu_seq_lens_q is not supported .* token ids alone"):
+            generate(receiver, ids, cu_seq_lens_q=torch.tensor([0, 11, 22]))
         with pytest.raises(ValueError, match=r"must be empty .* holds 4 tokens"):
             generate(receiver, ids, past_key_values=held)
         with pytest.raises(ValueError, match=r"whole prompt of 11 tokens, got 4: prefill_chunk"):
