@@ -182,7 +182,10 @@ class Chunk {
     }
 
     const Matrices<T> head = packed(s_heads_, s_.receiver_heads);
-    multiply(head, z1, w_.head_weight);
+    for_rows(streams, count, s_.receiver_heads * 2 * h, [&](int64_t g, int64_t r, int64_t n) {
+      k_.head_logits(row(z1, g, r), z1.row_stride, matrix(w_.head_weight, g), n, 2 * h,
+                     s_.receiver_heads, row(head, g, r));
+    });
     const Matrices<T> projected = packed(d_, width);
     multiply(projected, s_.folded ? q : p, w_.out_weight);
     for_rows(streams, count, width, [&](int64_t g, int64_t r, int64_t n) {
@@ -223,6 +226,9 @@ class Chunk {
   T* rstd(int64_t g, int64_t r) const { return rstd_ + g * count_ + r; }
   const T* vector(const Tensor& t, int64_t g) const {
     return static_cast<const T*>(t.const_data_ptr()) + (first_ + g) * t.size(1);
+  }
+  const T* matrix(const Tensor& t, int64_t g) const {
+    return static_cast<const T*>(t.const_data_ptr()) + (first_ + g) * t.size(1) * t.size(2);
   }
   void multiply(const Matrices<T>& out, const Matrices<T>& x, const Tensor& weight) const {
     gemm(out, x, weight, first_, streams_, count_);

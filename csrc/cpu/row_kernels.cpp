@@ -52,16 +52,21 @@ void gather(const CacheView& sharer, HeadShape sharer_shape, const CacheView& ba
 }
 
 template <class T>
-T reciprocal_rms(const T* z, int64_t cols) {
+T dot(const T* x, const T* y, int64_t cols) {
   T partial[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= cols; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) partial[lane] += z[i + lane] * z[i + lane];
+    for (int lane = 0; lane < kLanes; ++lane) partial[lane] += x[i + lane] * y[i + lane];
   }
-  for (; i < cols; ++i) partial[i % kLanes] += z[i] * z[i];
+  for (; i < cols; ++i) partial[i % kLanes] += x[i] * y[i];
   T sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += partial[lane];
-  return T(1) / std::sqrt(sum / static_cast<T>(cols) + static_cast<T>(kRmsEps));
+  return sum;
+}
+
+template <class T>
+T reciprocal_rms(const T* z, int64_t cols) {
+  return T(1) / std::sqrt(dot(z, z, cols) / static_cast<T>(cols) + static_cast<T>(kRmsEps));
 }
 
 template <class T>
@@ -103,6 +108,14 @@ void residual_stats(const T* z, int64_t ldz, const T* delta, int64_t count, int6
   }
 }
 
+template <class T>
+void head_logits(const T* x, int64_t ldx, const T* weight, int64_t count, int64_t cols,
+                 int64_t heads, T* logits) {
+  for (int64_t r = 0; r < count; ++r, x += ldx) {
+    for (int64_t head = 0; head < heads; ++head) *logits++ = dot(x, weight + head * cols, cols);
+  }
+}
+
 template <class C, class T>
 void combine(const CacheView& base, const CacheView& out, HeadShape shape, const Row* rows,
              int64_t count, const T* projected, const T* projected_bias, const T* weighting,
@@ -140,8 +153,8 @@ void copy(const CacheView& base, const CacheView& out, HeadShape shape, const Ro
 
 template <class C, class T>
 RowKernels<T> table() {
-  return {C2C_STRING(C2C_ISA), gather<C, T>,  bias_stats<T>, scale_activate<T>,
-          residual_stats<T>,   combine<C, T>, copy<C>};
+  return {C2C_STRING(C2C_ISA), gather<C, T>,   bias_stats<T>, scale_activate<T>,
+          residual_stats<T>,   head_logits<T>, combine<C, T>, copy<C>};
 }
 
 }  // namespace

@@ -58,6 +58,13 @@ struct RowKernels {
                          int64_t count, int64_t cols, T* out, int64_t ldo,  // may be z
                          T* rstd);                                          // [count] or null
 
+  // logits[r] = weight x[r], summed in parts. A GEMM's one long running sum over 2 * hidden terms
+  // made these logits less exact than the unfolded ones, and each scales a whole head.
+  void (*head_logits)(const T* x, int64_t ldx,  // [count, cols], row stride ldx
+                      const T* weight,          // [heads, cols]
+                      int64_t count, int64_t cols, int64_t heads,
+                      T* logits);  // [count, heads]
+
   // out = base + sigmoid(weighting + weighting_bias) * (projected + projected_bias), rounded once;
   // with accumulate, out itself takes the place of base.
   void (*combine)(const CacheView& base, const CacheView& out, HeadShape shape, const Row* rows,
