@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "--rivals", action="store_true", help="ask for the value's rival, which the receiver knows"
     )
+    demo.add_argument("--json", metavar="FILE", help="also write table and latencies to this file")
 
     info = commands.add_parser(
         "info", help="build, versions, devices; whether two models and a fuser fit"
@@ -35,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "demo":
             from .demo.command import run_demo
 
-            return run_demo(options.entity, options.ask, rivals=options.rivals)
+            return run_demo(
+                options.entity, options.ask, rivals=options.rivals, json_path=options.json
+            )
         from .info import run_info
 
         return run_info(options.receiver, options.sharer, options.fuser)

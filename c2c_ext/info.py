@@ -31,7 +31,8 @@ def describe() -> dict[str, str]:
         except PackageNotFoundError:
             lines[package] = "not installed"
     lines["cpu"] = (
-        f"compiled op, {build['cpu_instruction_set']} kernels, {torch.get_num_threads()} threads"
+        f"{_cpu_name()}: compiled op, {build['cpu_instruction_set']} kernels, "
+        f"{torch.get_num_threads()} threads"
     )
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -41,6 +42,15 @@ def describe() -> dict[str, str]:
     else:
         lines["cuda"] = "no device"
     return lines
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()
 
 
 def read_fuser_config(directory: str | Path) -> FuserConfig:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
-from c2c_ext import reference
 from c2c_ext.demo import world as w
 from c2c_ext.fuser import Fuser
+from c2c_ext.fusion import fuse
 
 FORM_SIZES = (3, 6, 12)
 KV = list[tuple[Tensor, Tensor]]  # key and value [B, H, N, D] of every layer
@@ -104,28 +104,9 @@ def of_values(logits: Tensor, asked: Tensor) -> Tensor:
     return logits.gather(1, w.value_ids(asked[:, None], torch.arange(w.NUM_VALUES)))
 
 
-def fuse_form(
-    receiver_kv: KV,
-    sharer_kv: KV,
-    fuser: Fuser,
-    size: int,
-    gates: Sequence[tuple[Tensor, Tensor]] | None = None,
-) -> KV:
-    """The receiver's KV with its K attribute positions fused from the sharer's, all others kept."""
-    form = slice(w.FORM_START, w.FORM_START + size)
-    fused = reference.fuse(
-        [(key[:, :, form], value[:, :, form]) for key, value in receiver_kv],
-        [(key[:, :, form], value[:, :, form]) for key, value in sharer_kv],
-        fuser,
-        gates=gates,
-    )
-    return [
-        tuple(
-            torch.cat([own[:, :, : form.start], new, own[:, :, form.stop :]], dim=2)
-            for own, new in zip(clean, layer, strict=True)
-        )
-        for clean, layer in zip(receiver_kv, fused, strict=True)
-    ]
+def form_positions(size: int) -> slice:
+    """Where the K attributes of a form stand: the positions that are fused."""
+    return slice(w.FORM_START, w.FORM_START + size)
 
 
 @torch.no_grad()
@@ -147,7 +128,10 @@ def answer_c2c(pair: Pair, questions: Questions, sharer_kv: KV | None = None) ->
     if sharer_kv is None:
         sharer_kv = prefill(pair.sharer, form)
     clean = prefill(pair.receiver, prompt[:, :-1])
-    fused = fuse_form(clean, sharer_kv, pair.fuser, questions.size)
+    form_part = form_positions(questions.size)
+    fused = fuse(
+        clean, sharer_kv, pair.fuser, start=form_part.start, end=form_part.stop, inplace=True
+    )
     return of_values(continue_from(pair.receiver, fused, prompt[:, -1:]), questions.asked)
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -289,6 +289,30 @@ def train_receiver(world: w.World, recipe: Recipe, seed: int, log: Log) -> Llama
     return model
 
 
+def _fuse_form(
+    receiver_kv: ev.KV,
+    sharer_kv: ev.KV,
+    fuser: Fuser,
+    size: int,
+    gates: Sequence[tuple[Tensor, Tensor]],
+) -> ev.KV:
+    """The receiver's KV with its attribute positions fused under soft gates; differentiable."""
+    form = ev.form_positions(size)
+    fused = reference.fuse(
+        [(key[:, :, form], value[:, :, form]) for key, value in receiver_kv],
+        [(key[:, :, form], value[:, :, form]) for key, value in sharer_kv],
+        fuser,
+        gates=gates,
+    )
+    return [
+        tuple(
+            torch.cat([own[:, :, : form.start], new, own[:, :, form.stop :]], dim=2)
+            for own, new in zip(clean, layer, strict=True)
+        )
+        for clean, layer in zip(receiver_kv, fused, strict=True)
+    ]
+
+
 def train_fuser(
     receiver: LlamaForCausalLM,
     sharer: LlamaForCausalLM,
@@ -350,7 +374,7 @@ def train_fuser(
         # Causality: the form's clean KV is the same under each of its questions, so it is fused
         # once, and the questions' own clean KV follows it.
         once = [(key[::per_form], value[::per_form]) for key, value in clean]
-        fused = ev.fuse_form(once, sharer_kv, fuser, size, gates(step))
+        fused = _fuse_form(once, sharer_kv, fuser, size, gates(step))
         end = form.shape[1]
         kv = [
             tuple(
