@@ -1,0 +1,186 @@
+"""What the tests share: the tolerance, dtypes and devices, and small fusers and caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from c2c_ext import Fuser, FuserConfig, ops
+from c2c_ext.config import KVShape, ModelKV
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# The devices that the compiled op has kernels for.
+DEVICES = ["cpu"]
+if torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "c2c::fuse_", "CUDA"
+):
+    DEVICES.append("cuda")
+
+KVPairs = list[tuple[Tensor, Tensor]]
+Shape = tuple[int, int]  # (heads, head dim)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def rms(x: Tensor) -> float:
+    """Root of the mean square; 0 for an empty tensor."""
+    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def assert_as_good_as_plain(ours: Tensor, plain: Tensor, truth: Tensor, what: str = "") -> None:
+    """The one tolerance: our errors are at most twice plain PyTorch's, plus one rounding.
+
+    Per tensor, for the maximum and for the RMS of the error against ``truth`` (float64):
+    ``error(ours) <= 2 * error(plain) + eps(dtype) * rms(truth)``; ``plain`` is what plain PyTorch
+    gives in the dtype of ``ours`` for the same inputs.
+    """
+    assert truth.dtype == torch.float64
+    assert ours.shape == truth.shape == plain.shape
+    assert ours.dtype == plain.dtype
+    our_error, plain_error = ours.double() - truth, plain.double() - truth
+    one_rounding = torch.finfo(ours.dtype).eps * rms(truth)
+    for name, measure in (("maximum", max_abs), ("RMS", rms)):
+        ours_is, bound = measure(our_error), 2 * measure(plain_error) + one_rounding
+        assert ours_is <= bound, f"{what} {name} error {ours_is:.3g}, at most {bound:.3g} allowed"
+
+
+def max_abs(x: Tensor) -> float:
+    """Largest absolute value; 0 for an empty tensor, NaN if any element is."""
+    return x.double().abs().max().item() if x.numel() else 0.0
+
+
+def relative_error(ours: Tensor, truth: Tensor) -> float:
+    """Largest error, relative to the largest value of ``truth``."""
+    scale = max_abs(truth)
+    return max_abs(ours.double() - truth.double()) / (scale if scale > 0 else 1.0)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality that tells -0.0 from 0.0 and takes NaN as equal to itself."""
+    width = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(width), b.contiguous().view(width)
+    )
+
+
+def make_config(
+    receiver: Sequence[Shape] = ((2, 8), (2, 8)),
+    sharer: Sequence[Shape] = ((1, 4), (1, 4), (1, 4)),
+    layer_map: Sequence[int] = (0, 2),
+    **changes: object,
+) -> FuserConfig:
+    """A small configuration from (heads, head dim) per layer."""
+    settings = {"hidden_size": 16, "intermediate_size": 24, "dropout": 0.0, **changes}
+    return FuserConfig(
+        ModelKV("receiver", "", tuple(KVShape(*s) for s in receiver)),
+        ModelKV("sharer", "", tuple(KVShape(*s) for s in sharer)),
+        tuple(layer_map),
+        **settings,
+    )
+
+
+def make_fuser(
+    config: FuserConfig | None = None, *, seed: int = 0, device: object = "cpu"
+) -> Fuser:
+    """A random fuser with open gates whose norms and biases are not trivial."""
+    torch.manual_seed(seed)
+    fuser = Fuser(config or make_config())
+    with torch.no_grad():
+        for name, parameter in fuser.named_parameters():
+            if name.endswith("_norm"):
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith(("in_weight", "out_weight", "head_weight")):
+                parameter.mul_(3.0)  # so that what is fused differs clearly from what is not
+    return fuser.to(device)
+
+
+def set_gates(fuser: Fuser, logits: dict[tuple[int, str], float], default: float = 1.0) -> None:
+    """Sets every gate logit: ``logits[(layer, kind)]`` or ``default``."""
+    with torch.no_grad():
+        for group in fuser.groups:
+            for i, layer in enumerate(group.layers):
+                for k, kind in enumerate(("key", "value")):
+                    group.gate_logit[2 * i + k] = logits.get((layer, kind), default)
+
+
+def make_kv(
+    shapes: Sequence[KVShape],
+    batch: int,
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
+    device: object = "cpu",
+    seed: int = 1,
+) -> KVPairs:
+    """Random (key, value) pairs ``[batch, heads, tokens, dim]``, one per layer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(shape: KVShape) -> Tensor:
+        size = (batch, shape.num_heads, tokens, shape.head_dim)
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    return [(one(shape), one(shape)) for shape in shapes]
+
+
+def make_caches(
+    config: FuserConfig,
+    batch: int = 2,
+    tokens: int = 5,
+    sharer_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: object = "cpu",
+) -> tuple[KVPairs, KVPairs]:
+    """(receiver, sharer) caches for a fuser of ``config``."""
+    sharer_tokens = tokens if sharer_tokens is None else sharer_tokens
+    return (
+        make_kv(config.receiver.layers, batch, tokens, dtype, device, seed=1),
+        make_kv(config.sharer.layers, batch, sharer_tokens, dtype, device, seed=2),
+    )
+
+
+def cast(pairs: KVPairs, dtype: torch.dtype) -> KVPairs:
+    """The same numbers in another dtype."""
+    return [(key.to(dtype), value.to(dtype)) for key, value in pairs]
+
+
+def clone(pairs: KVPairs) -> KVPairs:
+    """Contiguous copies."""
+    return [
+        (
+            key.clone(memory_format=torch.contiguous_format),
+            value.clone(memory_format=torch.contiguous_format),
+        )
+        for key, value in pairs
+    ]
+
+
+def flat(pairs: KVPairs) -> list[Tensor]:
+    """All tensors, layer by layer, key before value."""
+    return [t for pair in pairs for t in pair]
+
+
+def run_op(
+    fuser: Fuser,
+    base: KVPairs,
+    sharer: KVPairs,
+    token_map: Tensor | None = None,
+    out: KVPairs | None = None,
+    accumulate: bool = False,
+) -> KVPairs:
+    """Fuses through the compiled op into ``out``, by default a copy of ``base``."""
+    out = clone(base) if out is None else out
+    first = base[0][0]
+    packed = fuser.packed(first.dtype, first.device)
+    with torch.no_grad():
+        ops.fuse_(out, base, sharer, packed, token_map=token_map, accumulate=accumulate)
+    return out
