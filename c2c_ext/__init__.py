@@ -1,12 +1,16 @@
 """Cache-to-Cache: a sharer LLM hands its KV-cache to a receiver LLM (arXiv 2510.03215)."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from .config import FuserConfig
 from .fuser import Fuser
 from .fusion import fuse
 from .layer_map import layer_map
 from .ops import _C
+
+if TYPE_CHECKING:
+    from .generation import attach, attached, detach
 
 try:
     __version__ = version("c2c_ext")
@@ -15,4 +19,23 @@ except PackageNotFoundError:  # used from a checkout, built by CMake alone
 
 build_info = _C.build_info
 
-__all__ = ["Fuser", "FuserConfig", "__version__", "build_info", "fuse", "layer_map"]
+__all__ = [
+    "Fuser",
+    "FuserConfig",
+    "__version__",
+    "attach",
+    "attached",
+    "build_info",
+    "detach",
+    "fuse",
+    "layer_map",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # generation.py imports transformers, which takes longer than all of the rest.
+    if name in ("attach", "attached", "detach"):
+        from . import generation
+
+        return getattr(generation, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

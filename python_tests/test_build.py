@@ -1,0 +1,69 @@
+"""The compiled module: what it reports, and that it binds to torch's stable ABI alone."""
+
+import re
+import struct
+from pathlib import Path
+
+import torch
+
+import c2c_ext
+from c2c_ext import _C
+
+
+def undefined_symbols(path: Path) -> list[str]:
+    """Names of the undefined dynamic symbols of a 64-bit little-endian ELF file."""
+    data = path.read_bytes()
+    assert data[:6] == b"\x7fELF\x02\x01"
+    offset = struct.unpack_from("<Q", data, 40)[0]
+    size, count = struct.unpack_from("<HH", data, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", data, offset + i * size) for i in range(count)]
+    names = []
+    for section in sections:
+        if section[1] != 11:  # SHT_DYNSYM
+            continue
+        start, length, strings = section[4], section[5], sections[section[6]][4]
+        for entry in range(start, start + length, section[9]):
+            name, _, _, index = struct.unpack_from("<IBBH", data, entry)
+            if index == 0 and name:
+                end = data.index(b"\0", strings + name)
+                names.append(data[strings + name : end].decode())
+    return names
+
+
+def torch_cpp_symbols(names: list[str]) -> list[str]:
+    """Those that are C++ names in torch's namespaces."""
+    return [n for n in names if n.startswith("_Z") and re.search(r"N?K?(2at|3c10|5torch)\d", n)]
+
+
+def test_no_cpp_symbol_of_torch_is_undefined() -> None:
+    names = undefined_symbols(Path(_C.__file__))
+    assert "torch_call_dispatcher" in names  # the C shims are there
+    assert torch_cpp_symbols(names) == []
+
+
+def test_the_symbol_check_can_fail() -> None:
+    library = Path(torch.__file__).parent / "lib" / "libtorch_python.so"
+    found = torch_cpp_symbols(undefined_symbols(library))
+    assert any("2at" in n for n in found) and any("3c10" in n for n in found)
+
+
+def test_build_info_says_what_was_built() -> None:
+    info = c2c_ext.build_info()
+    assert set(info) == {
+        "version",
+        "compiler",
+        "flags",
+        "cuda_architectures",
+        "abi_target",
+        "built_with_torch",
+        "cpu_instruction_set",
+    }
+    assert info["version"] == c2c_ext.__version__
+    assert info["abi_target"] == "2.10"
+    assert info["cpu_instruction_set"] in ("baseline", "avx2", "avx512")
+    assert "-O" in info["flags"]
+
+
+def test_the_ops_are_registered() -> None:
+    schema = str(torch.ops.c2c.fuse_.default._schema)
+    assert schema.startswith("c2c::fuse_(Tensor(a!)[] out_keys, Tensor(b!)[] out_values")

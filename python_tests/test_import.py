@@ -1,0 +1,37 @@
+"""The core needs torch, transformers, safetensors and numpy; every extra is optional."""
+
+import subprocess
+import sys
+
+EXTRAS = ("rich", "accelerate", "peft", "datasets", "huggingface_hub.cli", "matplotlib", "gradio")
+BUILD_ONLY = ("pybind11", "ninja", "cmake", "setuptools", "pytest")
+CORE = """
+import sys
+for name in {blocked!r}:
+    sys.modules[name] = None  # importing it raises ImportError
+import c2c_ext, torch
+from c2c_ext import cli, generation, info, published, reference, serialization
+from c2c_ext.demo import command
+from c2c_ext.config import KVShape, ModelKV
+shape = ModelKV("", "", (KVShape(1, 4),))
+fuser = c2c_ext.Fuser(c2c_ext.FuserConfig(shape, shape, (0,), 8, 8))
+cache = [(torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2, 4))]
+with torch.no_grad():
+    fused = c2c_ext.fuse(cache, cache, fuser)
+assert not torch.equal(fused[0][0], cache[0][0])
+assert callable(c2c_ext.attach) and info.describe()
+print("fine")
+"""
+
+
+def test_core_imports_without_extras() -> None:
+    code = CORE.format(blocked=EXTRAS + BUILD_ONLY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "fine"
+
+
+def test_importing_leaves_transformers_alone() -> None:
+    code = "import sys, c2c_ext; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
