@@ -274,9 +274,7 @@ def _fuse_prompt(
     for layer, (key, value) in enumerate(fused):
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-        # Static caches of older versions are told where to write; newer ones ignore it.
-        columns = torch.arange(length, device=key.device)
-        cache.update(key, value, layer, {"cache_position": columns})
+        cache.update(key, value, layer)
         if getattr(cache.layers[layer], "record_past", False):
             # Assisted decoding makes a sliding layer keep more than its window until it is cropped.
             cache.layers[layer].crop(0)

@@ -1,32 +1,30 @@
-"""attach / detach / attached against the plain loops of plain_loop.py."""
+"""An attached receiver's generate against the plain loops of plain_loop.py."""
 
 from __future__ import annotations
 
-import json
 import threading
 
 import plain_loop
 import pytest
 import tiny_models
 import torch
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    BartConfig,
-    BartForConditionalGeneration,
-    DynamicCache,
-    StaticCache,
-    StoppingCriteria,
-    StoppingCriteriaList,
+from generation_checks import (
+    CLOSE,
+    STEPS,
+    VISIBLE,
+    assert_same_run,
+    assert_visible,
+    generate,
+    left_padded,
+    logits_of,
+    new_tokens,
+    prompt,
 )
+from torch import Tensor
+from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from c2c_ext.generation import attach, attached, detach
-
-STEPS = 6
-# float32 logits of order 1; the fusions compared here differ by more than VISIBLE.
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-VISIBLE = 0.1
+from c2c_ext.generation import attached
 
 
 @pytest.fixture(scope="module", params=list(tiny_models.RECEIVERS))
@@ -58,57 +56,8 @@ def nothing_left(request):
     for name in ("trio", "each_trio"):
         if name in request.fixturenames:
             receiver = request.getfixturevalue(name)[0]
-            assert type(receiver).__module__.startswith("transformers.")
             assert type(receiver).__mro__[1].__name__ != "_FusedGeneration"
             assert not [key for key in vars(receiver) if "c2c" in key]
-
-
-def prompt(rows: int = 2, length: int = 11, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, tiny_models.VOCABULARY, (rows, length), generator=generator)
-
-
-def left_padded(lengths: tuple[int, ...] = (11, 4, 1)) -> tuple[Tensor, Tensor]:
-    ids = prompt(len(lengths), max(lengths))
-    mask = torch.stack([(torch.arange(max(lengths)) >= max(lengths) - n).long() for n in lengths])
-    return ids * mask, mask
-
-
-def generate(receiver, ids: Tensor | None, **kwargs):
-    settings = {
-        "max_new_tokens": STEPS,
-        "do_sample": False,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-        "output_scores": True,
-    }
-    return receiver.generate(ids, **{**settings, **kwargs})
-
-
-def new_tokens(output, ids: Tensor) -> Tensor:
-    return output.sequences[:, ids.shape[1] :]
-
-
-def logits_of(output) -> Tensor:
-    return torch.stack(output.logits, 1)
-
-
-def assert_same_run(output, ids: Tensor, expected: plain_loop.Decoded, *, kv: bool = True) -> None:
-    """Tokens equal, logits close, and (full caches only) every cached key and value close."""
-    torch.testing.assert_close(logits_of(output), expected.logits, **CLOSE)
-    assert torch.equal(new_tokens(output, ids), expected.tokens)
-    if kv:
-        torch.testing.assert_close(plain_loop.kv_of(output.past_key_values), expected.kv, **CLOSE)
-
-
-def assert_visible(expected: plain_loop.Decoded, receiver, ids: Tensor, mask=None) -> None:
-    """The guard: the same loop over the unfused cache gives other logits from the first step on."""
-    before = None if mask is None else mask[:, :-1]
-    clean = plain_loop.prefill(receiver, ids[:, :-1], before)
-    unfused = plain_loop.decode(
-        receiver, clean, ids, 1, mask=mask, choose=plain_loop.forced(expected.tokens)
-    )
-    assert (unfused.logits[:, 0] - expected.logits[:, 0]).abs().max() > VISIBLE
 
 
 def test_greedy_matches_plain_loop(each_trio):
@@ -279,19 +228,35 @@ def test_left_padding_matches_plain_loop_and_each_prompt_alone(each_trio):
     assert_visible(expected, receiver, ids, mask)
 
 
-def test_left_padding_in_a_static_cache_and_own_position_ids_match_plain_loop(trio):
+def test_left_padding_in_a_static_cache_matches_plain_loop(trio):
     receiver, sharer, fuser = trio
     ids, mask = left_padded()
     kv = plain_loop.fused_prompt(receiver, sharer, fuser, ids, mask)
     expected = plain_loop.decode(receiver, kv, ids, STEPS, mask=mask)
-    own = (mask.cumsum(-1) - 1).clamp(min=0)
     with attached(receiver, sharer, fuser):
-        static = generate(receiver, ids, attention_mask=mask, cache_implementation="static")
-        given = generate(receiver, ids, attention_mask=mask, position_ids=own, max_new_tokens=1)
-        moved = generate(receiver, ids, attention_mask=mask, position_ids=2 * own, max_new_tokens=1)
-    assert_same_run(static, ids, expected, kv=False)
-    torch.testing.assert_close(given.logits[0], expected.logits[:, 0], **CLOSE)
-    assert (moved.logits[0] - given.logits[0]).abs().max() > VISIBLE
+        output = generate(receiver, ids, attention_mask=mask, cache_implementation="static")
+    assert_same_run(output, ids, expected, kv=False)
+
+
+def test_both_models_follow_given_position_ids(trio):
+    receiver, sharer, fuser = trio
+    ids = prompt()
+    position_ids = torch.arange(0, 22, 2).expand(2, -1)
+    caches = [DynamicCache(), DynamicCache()]
+    with torch.no_grad():
+        for model, cache in zip((receiver, sharer), caches, strict=True):
+            model(ids[:, :-1], position_ids=position_ids[:, :-1], past_key_values=cache)
+        base, shared = (plain_loop.kv_of(cache) for cache in caches)
+        fused = plain_loop.reference.fuse(base, shared, fuser)
+        last = {"position_ids": position_ids[:, -1:], "past_key_values": plain_loop.cache_of(fused)}
+        expected = receiver(ids[:, -1:], **last).logits[:, -1]
+    usual = plain_loop.fused_prompt(receiver, sharer, fuser, ids)
+    with attached(receiver, sharer, fuser):
+        output = generate(receiver, ids, position_ids=position_ids, max_new_tokens=1)
+    torch.testing.assert_close(output.logits[0], expected, **CLOSE)
+    held = [(k[:, :, :-1], v[:, :, :-1]) for k, v in plain_loop.kv_of(output.past_key_values)]
+    torch.testing.assert_close(held, fused, **CLOSE)
+    assert (held[0][0] - usual[0][0]).abs().max() > VISIBLE
 
 
 def test_padding_token_outside_the_sharers_vocabulary_is_harmless(trio):
@@ -519,151 +484,3 @@ def test_closed_gates_change_no_bit(each_trio):
         for tensor, clean_tensor, run_tensor in zip(pair, clean_pair, run_pair, strict=True):
             assert torch.equal(tensor[:, :, : clean_tensor.shape[2]], clean_tensor)
             assert torch.equal(tensor, run_tensor)
-
-
-class Failure(Exception):
-    pass
-
-
-def test_an_exception_leaves_nothing_armed_or_patched(trio):
-    receiver, sharer, fuser = trio
-    ids = prompt()
-    before, own_class = dict(vars(receiver)), type(receiver)
-    kv = plain_loop.fused_prompt(receiver, sharer, fuser, ids)
-    expected = plain_loop.decode(receiver, kv, ids, STEPS)
-
-    def fail(*args: object, **kwargs: object) -> None:
-        raise Failure
-
-    attach(receiver, sharer, fuser)
-    calls = receiver._c2c_attachment.calls
-    for broken in (sharer.model.layers[2], receiver.model.layers[1], receiver.lm_head):
-        hook = broken.register_forward_hook(fail)
-        with pytest.raises(Failure):
-            generate(receiver, ids)
-        hook.remove()
-        assert calls == {}
-    # Outside generate nothing is fused, not even after a failure in the middle of a prefill.
-    clean = plain_loop.prefill(receiver, ids[:, :-1])
-    inputs = receiver.prepare_inputs_for_generation(
-        ids, past_key_values=DynamicCache(), cache_position=torch.arange(11), use_cache=True
-    )
-    assert inputs["past_key_values"].get_seq_length() == 0
-    assert_same_run(generate(receiver, ids), ids, expected)
-    detach(receiver)
-    assert type(receiver) is own_class
-    assert vars(receiver) == before
-    alone = plain_loop.decode(receiver, clean, ids, STEPS)
-    torch.testing.assert_close(logits_of(generate(receiver, ids)), alone.logits, **CLOSE)
-
-
-def test_attached_detaches_after_an_exception(trio):
-    receiver, sharer, fuser = trio
-    before, own_class = dict(vars(receiver)), type(receiver)
-    with pytest.raises(Failure), attached(receiver, sharer, fuser) as same:
-        assert same is receiver
-        assert isinstance(receiver, own_class) and type(receiver) is not own_class
-        raise Failure
-    assert type(receiver) is own_class and vars(receiver) == before
-
-
-def test_a_decoding_loop_that_never_prepares_inputs_is_reported(trio):
-    receiver, sharer, fuser = trio
-
-    def idle(model, input_ids: Tensor, **kwargs: object) -> Tensor:
-        return input_ids
-
-    with attached(receiver, sharer, fuser):
-        with pytest.raises(RuntimeError, match="without fusing the prompt"):
-            receiver.generate(prompt(), custom_generate=idle, max_new_tokens=2)
-
-
-def test_a_decoding_loop_that_calls_generate_is_fused(trio):
-    receiver, sharer, fuser = trio
-    ids = prompt()
-    kv = plain_loop.fused_prompt(receiver, sharer, fuser, ids)
-    expected = plain_loop.decode(receiver, kv, ids, STEPS)
-
-    def nested(model, input_ids: Tensor, **kwargs: object):
-        return generate(model, input_ids)
-
-    with attached(receiver, sharer, fuser):
-        output = generate(receiver, ids, custom_generate=nested)
-        assert receiver._c2c_attachment.calls == {}
-    assert_same_run(output, ids, expected)
-
-
-def test_attached_receiver_saves_and_counts_only_itself(trio, tmp_path):
-    receiver, sharer, fuser = trio
-    state, modules = receiver.state_dict(), [name for name, _ in receiver.named_modules()]
-    with attached(receiver, sharer, fuser):
-        assert list(receiver.state_dict()) == list(state)
-        assert [name for name, _ in receiver.named_modules()] == modules
-        assert len(list(receiver.parameters())) == len(state)
-        assert type(receiver).__name__ == "Qwen3ForCausalLM"
-        receiver.save_pretrained(tmp_path)
-        receiver.double().float()
-        assert sharer.dtype == torch.float32
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["architectures"] == ["Qwen3ForCausalLM"]
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(again) is type(receiver)
-    ids = prompt()
-    assert torch.equal(again.eval()(ids).logits, receiver(ids).logits)
-
-
-def test_what_an_attached_receiver_does_not_support_is_refused(trio):
-    receiver, sharer, fuser = trio
-    ids = prompt()
-    held = plain_loop.cache_of(plain_loop.prefill(receiver, ids[:, :4]))
-    with attached(receiver, sharer, fuser):
-        with pytest.raises(ValueError, match="use_cache=False"):
-            generate(receiver, ids, use_cache=False)
-        with pytest.raises(ValueError, match="inputs_embeds"):
-            generate(receiver, None, inputs_embeds=torch.zeros(1, 3, 32))
-        with pytest.raises(ValueError, match=r"cu_seq_lens_q is not supported .* token ids alone"):
-            generate(receiver, ids, cu_seq_lens_q=torch.tensor([0, 11, 22]))
-        with pytest.raises(ValueError, match=r"must be empty .* holds 4 tokens"):
-            generate(receiver, ids, past_key_values=held)
-        with pytest.raises(ValueError, match=r"whole prompt of 11 tokens, got 4: prefill_chunk"):
-            generate(receiver, ids, prefill_chunk_size=4, past_key_values=DynamicCache())
-        with pytest.raises(ValueError, match=r"\[batch, tokens\], got \[11\]"):
-            generate(receiver, ids[0])
-        with pytest.raises(ValueError, match=r"not used by the model.*nonsense"):
-            generate(receiver, ids, nonsense=1)
-    assert held.get_seq_length() == 4
-
-
-def test_attach_refuses_what_does_not_fit(trio):
-    receiver, sharer, fuser = trio
-    cases = [
-        (receiver, sharer, "fuser", TypeError, r"fuser must be a c2c_ext.Fuser, got str"),
-        ("receiver", sharer, fuser, TypeError, r"receiver must be a transformers model, got str"),
-        (receiver, torch.nn.Linear(1, 1), fuser, TypeError, r"sharer must be .* got Linear"),
-        (receiver.model, sharer, fuser, TypeError, r"Qwen3Model has no generate"),
-        (sharer, sharer, fuser, ValueError, r"a receiver of 3 layers, LlamaForCausalLM has 5"),
-        (receiver, receiver, fuser, ValueError, r"a sharer of 5 layers, Qwen3ForCausalLM has 3"),
-        (
-            *(tiny_models.receiver_model("llama", num_key_value_heads=4), sharer, fuser),
-            *(ValueError, r"num_heads 2 in receiver layer 0, LlamaForCausalLM has 4"),
-        ),
-        (
-            *(receiver, tiny_models.sharer_model(head_dim=8), fuser),
-            *(ValueError, r"head_dim 16 in sharer layer 2, LlamaForCausalLM has 8"),
-        ),
-    ]
-    bart = BartForConditionalGeneration(
-        BartConfig(vocab_size=9, d_model=8, encoder_layers=1, decoder_layers=1,
-                   encoder_attention_heads=2, decoder_attention_heads=2,
-                   encoder_ffn_dim=8, decoder_ffn_dim=8)
-    )  # fmt: skip
-    cases.append((bart, sharer, fuser, ValueError, r"receiver must be decoder-only"))
-    cases.append((receiver, bart, fuser, ValueError, r"sharer must be decoder-only"))
-    for *arguments, error, message in cases:
-        with pytest.raises(error, match=message):
-            attach(*arguments)
-    with attached(receiver, sharer, fuser):
-        with pytest.raises(ValueError, match="attached already"):
-            attach(receiver, sharer, fuser)
-    with pytest.raises(ValueError, match="not attached"):
-        detach(receiver)
