@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from c2c_ext import Fuser, FuserConfig, ops
+from c2c_ext import Fuser, FuserConfig, ops, reference
 from c2c_ext.config import KVShape, ModelKV
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -21,6 +21,36 @@ if torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
 
 KVPairs = list[tuple[Tensor, Tensor]]
 Shape = tuple[int, int]  # (heads, head dim)
+
+# Configurations that reach every path of the op: keywords of `make_config`.
+SHAPES = {
+    "even": {},
+    "deeper": {"depth": 4},
+    "deepest": {"depth": 6},
+    "wide_output": {"hidden_size": 12, "intermediate_size": 20},  # Ht * Dt > hidden: unfolded
+    "wide_output_deeper": {"hidden_size": 12, "intermediate_size": 20, "depth": 5},
+    "primes": {
+        "receiver": [(3, 7)],
+        "sharer": [(5, 11), (5, 11)],
+        "layer_map": [1],
+        "hidden_size": 23,
+        "intermediate_size": 37,
+    },
+    "ones": {
+        "receiver": [(1, 1)],
+        "sharer": [(1, 1)],
+        "layer_map": [0],
+        "hidden_size": 1,
+        "intermediate_size": 1,
+    },
+    "groups": {
+        "receiver": [(2, 8), (1, 20), (2, 8)],
+        "sharer": [(1, 4), (3, 6)],
+        "layer_map": [1, 0, 0],
+    },
+    "relu": {"activation": "relu"},
+    "silu": {"activation": "silu"},
+}
 
 
 @pytest.fixture(params=DEVICES)
@@ -184,3 +214,48 @@ def run_op(
     with torch.no_grad():
         ops.fuse_(out, base, sharer, packed, token_map=token_map, accumulate=accumulate)
     return out
+
+
+def run_reference(
+    fuser: Fuser, base: KVPairs, sharer: KVPairs, token_map: Tensor | None = None
+) -> KVPairs:
+    """The reference, on the sharer's first tokens where there is no map."""
+    tokens = base[0][0].shape[2]
+    if token_map is None:
+        sharer = [(key[:, :, :tokens], value[:, :, :tokens]) for key, value in sharer]
+    with torch.no_grad():
+        return reference.fuse(base, sharer, fuser, token_map=token_map)
+
+
+def assert_fused(
+    fuser: Fuser,
+    base: KVPairs,
+    sharer: KVPairs,
+    ours: KVPairs,
+    token_map: Tensor | None = None,
+    differs: bool = True,
+) -> None:
+    """Compares ``ours`` with the float64 reference, and with what was not fused."""
+    truth = run_reference(fuser, cast(base, torch.float64), cast(sharer, torch.float64), token_map)
+    by_plain = run_reference(fuser, base, sharer, token_map)
+    for i, (x, p, t) in enumerate(zip(flat(ours), flat(by_plain), flat(truth), strict=True)):
+        if x.dtype == torch.float64:
+            assert relative_error(x, t) <= 1e-13, i
+        else:
+            assert_as_good_as_plain(x, p, t, f"tensor {i}")
+    if differs:
+        assert all(max_abs(a - b) > 0.1 for a, b in zip(flat(ours), flat(base), strict=True))
+
+
+OP_ARGUMENTS = [a.name for a in torch.ops.c2c.fuse_.default._schema.arguments]
+
+
+def arguments_of(
+    fuser: Fuser, out: KVPairs, base: KVPairs, sharer: KVPairs, token_map: Tensor | None = None
+) -> dict[str, object]:
+    """The op's arguments by name, for the fuser's only shape group."""
+    first = base[0][0]
+    (group,) = fuser.packed(first.dtype, first.device).groups
+    activation = fuser.config.activation
+    values = ops.group_arguments(group, out, base, sharer, token_map, activation, False)
+    return dict(zip(OP_ARGUMENTS, values, strict=True))

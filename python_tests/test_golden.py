@@ -11,6 +11,7 @@ from conftest import (
     max_abs,
     relative_error,
     run_op,
+    run_reference,
     same_bits,
 )
 from golden_data import EVAL_FILES, KINDS, REAL_FILE, TRAIN_FILES
@@ -32,12 +33,7 @@ def caches(case: dict[str, Tensor], dtype: torch.dtype) -> tuple[KVPairs, KVPair
     return target, source
 
 
-def plain(fuser, base: KVPairs, sharer: KVPairs) -> KVPairs:
-    with torch.no_grad():
-        return reference.fuse(base, sharer, fuser)
-
-
-@pytest.mark.parametrize("through", [run_op, plain], ids=["op", "reference"])
+@pytest.mark.parametrize("through", [run_op, run_reference], ids=["op", "reference"])
 @pytest.mark.parametrize(("name", "j"), golden_data.cases(EVAL_FILES))
 def test_eval_float64_equals_truth(name, j, through):
     file = golden_data.load(name)
@@ -59,7 +55,7 @@ def test_eval_float32_as_good_as_plain(name, j):
     case = file.case(j)
     base, sharer = caches(case, torch.float32)
     fuser = golden_data.build_fuser(file, j, torch.float32)
-    fused, by_reference = run_op(fuser, base, sharer), plain(fuser, base, sharer)
+    fused, by_reference = run_op(fuser, base, sharer), run_reference(fuser, base, sharer)
     for i, kind in enumerate(KINDS):
         published, truth = case[f"out_{kind}"], case[f"out_{kind}_f64"]
         assert_as_good_as_plain(fused[0][i], by_reference[0][i], truth, f"op, {kind}")
@@ -93,7 +89,7 @@ def test_real_shape_float64_equals_truth(j):
     case = file.case(j)
     base, sharer = caches(case, torch.float64)
     fuser = golden_data.build_fuser(file, j, torch.float64)
-    fused, by_reference = run_op(fuser, base, sharer), plain(fuser, base, sharer)
+    fused, by_reference = run_op(fuser, base, sharer), run_reference(fuser, base, sharer)
     for i, kind in enumerate(KINDS):
         assert relative_error(fused[0][i], case[f"out_{kind}_f64"]) <= 1e-13, kind
         assert relative_error(by_reference[0][i], case[f"out_{kind}_f64"]) <= 1e-13, kind
@@ -110,7 +106,7 @@ def test_real_shape_as_good_as_plain(j, dtype, suffix):
     case = file.case(j)
     base, sharer = caches(case, dtype)
     fuser = golden_data.build_fuser(file, j, dtype)
-    fused, by_reference = run_op(fuser, base, sharer), plain(fuser, base, sharer)
+    fused, by_reference = run_op(fuser, base, sharer), run_reference(fuser, base, sharer)
     for i, kind in enumerate(KINDS):
         published, truth = case[f"out_{kind}_{suffix}"], case[f"out_{kind}_f64"]
         assert_as_good_as_plain(fused[0][i], by_reference[0][i], truth, f"op, {kind}")
