@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
-from .config import KVShape, ModelKV
+from .config import ModelKV
 from .fuser import Fuser
 from .fusion import fuse
 
@@ -172,10 +172,11 @@ def attach(receiver: PreTrainedModel, sharer: PreTrainedModel, fuser: Fuser) -> 
         )
     if hasattr(receiver, _ATTACHMENT):
         raise ValueError("c2c_ext.attach: receiver is attached already: detach it first")
-    config = fuser.config
-    every_layer = range(len(config.receiver.layers))
-    _check_layers("receiver", receiver, config.receiver.layers, every_layer)
-    _check_layers("sharer", sharer, config.sharer.layers, sorted(set(config.layer_map)))
+    problems = fuser.config.mismatches(
+        ModelKV.from_config(receiver.config), ModelKV.from_config(sharer.config)
+    )
+    if problems:
+        raise ValueError(f"c2c_ext.attach: {problems[0]}")
     original = type(receiver)
     setattr(receiver, _ATTACHMENT, _Attachment(original, sharer, fuser))
     receiver.__class__ = _attached_class(original)
@@ -301,7 +302,7 @@ def _fused_cache(
         position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
     else:
         position_ids = torch.arange(n, device=ids.device).expand(ids.shape)
-    sharer_ids = _ids_for_sharer(attachment.sharer, ids, mask)
+    sharer_ids = _ids_for_sharer(receiver, attachment.sharer, ids, mask)
     base = _prefill(receiver, ids, mask, position_ids)
     shared = _prefill(attachment.sharer, sharer_ids, mask, position_ids)
     shared = [(key.to(base[0][0]), value.to(base[0][0])) for key, value in shared]
@@ -326,11 +327,15 @@ def _prefill(
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _ids_for_sharer(sharer: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
+def _ids_for_sharer(
+    receiver: PreTrainedModel, sharer: PreTrainedModel, ids: Tensor, mask: Tensor | None
+) -> Tensor:
     """``ids`` with padding replaced by token 0, all inside the sharer's vocabulary."""
     if mask is not None:  # the receiver's padding token need not exist in the sharer
         ids = ids.masked_fill(mask == 0, 0)
     vocabulary = sharer.config.get_text_config(decoder=True).vocab_size
+    if vocabulary >= receiver.config.get_text_config(decoder=True).vocab_size:
+        return ids  # without asking the device
     largest = int(ids.max())
     if largest >= vocabulary:
         raise ValueError(
@@ -349,8 +354,6 @@ def _token_map(columns: Tensor | None, mask: Tensor | None, ids: Tensor) -> Tens
         fused &= columns.to(ids.device)
     if mask is not None:
         fused &= mask.to(ids.device) != 0
-    if fused.all():
-        return None
     return torch.where(fused, torch.arange(ids.shape[1], device=ids.device), -1)
 
 
@@ -390,23 +393,3 @@ def _fused_columns(
             )
         columns[0, column] = True
     return columns
-
-
-def _check_layers(
-    name: str, model: PreTrainedModel, expected: tuple[KVShape, ...], layers: Sequence[int]
-) -> None:
-    """Compares the layer count, and the KV shapes of ``layers``, with the fuser's."""
-    actual = ModelKV.from_config(model.config).layers
-    if len(actual) != len(expected):
-        raise ValueError(
-            f"c2c_ext.attach: the fuser was made for a {name} of {len(expected)} layers, "
-            f"{type(model).__name__} has {len(actual)}"
-        )
-    for i in layers:
-        for what in ("num_heads", "head_dim"):
-            wanted, found = getattr(expected[i], what), getattr(actual[i], what)
-            if wanted != found:
-                raise ValueError(
-                    f"c2c_ext.attach: the fuser was made for {what} {wanted} in {name} layer {i}, "
-                    f"{type(model).__name__} has {found}"
-                )

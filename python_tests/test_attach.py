@@ -166,15 +166,15 @@ def test_attach_refuses_what_does_not_fit(trio):
         ("receiver", sharer, fuser, TypeError, r"receiver must be a transformers model, got str"),
         (receiver, torch.nn.Linear(1, 1), fuser, TypeError, r"sharer must be .* got Linear"),
         (receiver.model, sharer, fuser, TypeError, r"Qwen3Model has no generate"),
-        (sharer, sharer, fuser, ValueError, r"a receiver of 3 layers, LlamaForCausalLM has 5"),
-        (receiver, receiver, fuser, ValueError, r"a sharer of 5 layers, Qwen3ForCausalLM has 3"),
+        (sharer, sharer, fuser, ValueError, r"a receiver of 3 layers, this one has 5"),
+        (receiver, receiver, fuser, ValueError, r"a sharer of 5 layers, this one has 3"),
         (
             *(tiny_models.receiver_model("llama", num_key_value_heads=4), sharer, fuser),
-            *(ValueError, r"num_heads 2 in receiver layer 0, LlamaForCausalLM has 4"),
+            *(ValueError, r"num_heads 2 in receiver layer 0, this one has 4"),
         ),
         (
             *(receiver, tiny_models.sharer_model(head_dim=8), fuser),
-            *(ValueError, r"head_dim 16 in sharer layer 2, LlamaForCausalLM has 8"),
+            *(ValueError, r"head_dim 16 in sharer layer 2, this one has 8"),
         ),
     ]
     bart = BartForConditionalGeneration(
