@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -36,10 +37,10 @@ fuser training saw them. Guessing is right one time in eight.
 NOT_CLAIMED = """\
 What this does not show
   C2C is not more accurate than text here: text says everything there is to say.
-  It is faster because a prefill is parallel and writing is serial. Where every value is one word,
-  all can be read off one prefill of the sharer ("T2T at once"), as cheap and as accurate.
+  It is faster because a prefill is parallel and writing is serial. As every value here is one
+  word, all can be read off one prefill of the sharer ("T2T at once"): cheaper, and as accurate.
   If the sharer saw the question, it would write one word, and text would win.
-  Skills do not transfer: a fuser trained without "rivals" questions answers them at chance.
+  That skills transfer is not shown: the fuser was trained on both kinds of question.
   An open gate is no evidence of use; the controls are: mismatched, zero, swapped.
 """
 
@@ -76,7 +77,9 @@ def run_demo(
     print(NOT_CLAIMED)
     good = _verdict(rows)
     if json_path is not None:
-        results = {"environment": describe(), "held_out": rows, "latency_ms": latency}
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        environment = {"date": now, **describe()}
+        results = {"environment": environment, "held_out": rows, "latency_ms": latency}
         text = json.dumps(results, indent=2) + "\n"
         write_atomically(Path(json_path), lambda path: Path(path).write_text(text))
     print(f"{time.perf_counter() - started:.0f} s in all, {torch.get_num_threads()} threads")
