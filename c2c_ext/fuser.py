@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .config import FuserConfig, KVShape
 from .packed import PackedFuser, pack_fuser
@@ -72,8 +73,9 @@ class Fuser(nn.Module):
 
     Parameters live in ``groups`` (`FuserGroup`), stacked per shape group. `c2c_ext.fuse` and
     attached models use the packed form, built on first use for a dtype and device and rebuilt
-    when any parameter has been written to, replaced, cast or moved. Writes through ``.data`` (or
-    to inference tensors) leave no trace that PyTorch reports: call `repack` after them.
+    when any parameter has been written to, stepped by an optimizer, replaced, cast or moved.
+    Writes through ``.data`` (or to inference tensors) leave no trace that PyTorch reports: call
+    `repack` after them.
 
     Args:
         config: shapes, layer map and initial values.
@@ -139,6 +141,7 @@ class Fuser(nn.Module):
         if held is None or not self._unchanged(held[0]):
             held = (self._state(), pack_fuser(self, dtype, device))
             self._packs[key] = held
+            _holders.add(self)
         return held[1]
 
     def repack(self) -> None:
@@ -215,6 +218,20 @@ class Fuser(nn.Module):
         return load_published(
             directory, receiver_config=receiver_config, sharer_config=sharer_config
         )
+
+
+_holders: weakref.WeakSet[Fuser] = weakref.WeakSet()  # fusers that may hold a packed form
+
+
+def _repack_stepped(optimizer: Optimizer, *_: Any) -> None:
+    """After any optimizer's step: fused optimizers write without counting up the version."""
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for fuser in list(_holders):
+        if any(id(p) in stepped for p in fuser.parameters()):
+            fuser.repack()
+
+
+register_optimizer_step_post_hook(_repack_stepped)
 
 
 def _written(p: Tensor) -> tuple:
