@@ -17,6 +17,7 @@ from conftest import (
     make_config,
     make_fuser,
     max_abs,
+    plain_draws,
     relative_error,
     run_op,
     run_reference,
@@ -29,12 +30,35 @@ from c2c_ext import Fuser
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 5), (3, 67)])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 13), (2, 5), (3, 67)])
 def test_numbers_equal_reference(shape, batch, tokens, dtype, device):
     config = make_config(**SHAPES[shape])
     fuser = make_fuser(config, device=device)
     base, sharer = make_caches(config, batch, tokens, tokens + 2, dtype, device)
-    assert_fused(fuser, base, sharer, run_op(fuser, base, sharer), differs=shape != "ones")
+    assert_fused(fuser, base, sharer, run_op(fuser, base, sharer))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_token_by_token_equals_reference(shape, dtype, device):
+    config = make_config(**SHAPES[shape])
+    fuser = make_fuser(config, device=device)
+    base, sharer = make_caches(config, 1, 32, dtype=dtype, device=device)
+    calls = []
+    for n in range(32):
+        one, other = (
+            [(key[:, :, n : n + 1], value[:, :, n : n + 1]) for key, value in pairs]
+            for pairs in (base, sharer)
+        )
+        calls.append(flat(run_op(fuser, one, other)))
+    joined = [torch.cat(tensors, dim=2) for tensors in zip(*calls, strict=True)]
+    assert_fused(fuser, base, sharer, list(zip(joined[::2], joined[1::2], strict=True)))
+
+
+def test_every_size_may_be_one(device):
+    config = make_config([(1, 1)], [(1, 1)], [0], hidden_size=1, intermediate_size=1)
+    fuser = make_fuser(config, device=device)
+    base, sharer = make_caches(config, 1, 1, dtype=torch.float64, device=device)
+    assert_fused(fuser, base, sharer, run_op(fuser, base, sharer), differs=False)
 
 
 @pytest.mark.parametrize(("batch", "tokens", "sharer_tokens"), [(0, 5, 5), (2, 0, 5), (0, 0, 0)])
@@ -133,18 +157,19 @@ def test_accumulate_adds_the_update(dtype, device):
     start = [tuple(t.to(device, dtype) for t in pair) for pair in start]
     ours = run_op(fuser, base, sharer, token_map, out=clone(start), accumulate=True)
     wide = [cast(x, torch.float64) for x in (base, sharer, start)]
-    residual = run_reference(fuser, wide[0], wide[1], token_map)
-    by_plain = run_reference(fuser, base, sharer, token_map)
-    for x, s, t, b, p, narrow_b, narrow_s in zip(
-        *map(flat, (ours, wide[2], residual, wide[0], by_plain, base, start)), strict=True
+    fused = run_reference(fuser, wide[0], wide[1], token_map)
+    draws = plain_draws(fuser, base, sharer, token_map)
+    for x, plain, was, clean, fully, wide_clean, wide_was in zip(
+        *(flat(ours), draws, flat(start), flat(base), flat(fused), flat(wide[0]), flat(wide[2])),
+        strict=True,
     ):
-        truth = s + (t - b)
+        truth = wide_was + (fully - wide_clean)
         if dtype == torch.float64:
             assert relative_error(x, truth) <= 1e-13
         else:
-            assert_as_good_as_plain(x, narrow_s + (p - narrow_b), truth)
-        assert torch.equal(x[:, :, 1], narrow_s[:, :, 1])
-        assert max_abs(x - narrow_s) > 0.1
+            assert_as_good_as_plain(x, [was + (p - clean) for p in plain], truth)
+        assert torch.equal(x[:, :, 1], was[:, :, 1])
+        assert max_abs(x - was) > 0.1
 
 
 def test_two_updates_accumulate_to_their_sum(device):
