@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from .config import FuserConfig, KVShape
 from .packed import PackedFuser, pack_fuser
@@ -74,8 +74,9 @@ class Fuser(nn.Module):
     Parameters live in ``groups`` (`FuserGroup`), stacked per shape group. `c2c_ext.fuse` and
     attached models use the packed form, built on first use for a dtype and device and rebuilt
     when any parameter has been written to, stepped by an optimizer, replaced, cast or moved.
-    Writes through ``.data`` (or to inference tensors) leave no trace that PyTorch reports: call
-    `repack` after them.
+    While gradients are pending (``p.grad`` is not None) it is built anew on every use. Writes
+    through ``.data``, to inference tensors, and by a fused optimizer whose gradients were set by
+    hand leave no trace that PyTorch reports: call `repack` after them.
 
     Args:
         config: shapes, layer map and initial values.
@@ -90,6 +91,7 @@ class Fuser(nn.Module):
             for g, group in enumerate(self.groups)
             for i, layer in enumerate(group.layers)
         }
+        self._gradient_hooks: list[RemovableHandle] = []
         self._packs: dict[tuple[torch.dtype, torch.device], tuple[Any, PackedFuser]] = {}
 
     def stream(self, layer: int, kind: str, dtype: torch.dtype | None = None) -> StreamWeights:
@@ -137,16 +139,37 @@ class Fuser(nn.Module):
                     "torch.compile"
                 )
             return self._packs[key][1]
+        # Fused optimizers write without counting up the version, so a form is only kept while no
+        # gradient waits to be stepped, and forgotten when one arrives.
+        if any(p.grad is not None for p in self.parameters()):
+            self._packs.clear()
+            return pack_fuser(self, dtype, device)
         held = self._packs.get(key)
         if held is None or not self._unchanged(held[0]):
+            self._watch_gradients()
             held = (self._state(), pack_fuser(self, dtype, device))
             self._packs[key] = held
-            _holders.add(self)
         return held[1]
 
     def repack(self) -> None:
         """Forgets every packed form; the next use builds anew from the parameters."""
         self._packs.clear()
+
+    def _watch_gradients(self) -> None:
+        for handle in self._gradient_hooks:
+            handle.remove()
+        own = weakref.ref(self)
+
+        def forget(_: Tensor) -> None:
+            fuser = own()
+            if fuser is not None:
+                fuser._packs.clear()
+
+        self._gradient_hooks = [
+            p.register_post_accumulate_grad_hook(forget)
+            for p in self.parameters()
+            if p.requires_grad and p.is_leaf
+        ]
 
     def _state(self) -> list[tuple[weakref.ref, tuple]]:
         # By weak reference: the id of a parameter that was replaced can be given out again.
@@ -164,7 +187,7 @@ class Fuser(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packs": {}}
+        return {**self.__dict__, "_packs": {}, "_gradient_hooks": []}
 
     def extra_repr(self) -> str:
         c = self.config
@@ -218,20 +241,6 @@ class Fuser(nn.Module):
         return load_published(
             directory, receiver_config=receiver_config, sharer_config=sharer_config
         )
-
-
-_holders: weakref.WeakSet[Fuser] = weakref.WeakSet()  # fusers that may hold a packed form
-
-
-def _repack_stepped(optimizer: Optimizer, *_: Any) -> None:
-    """After any optimizer's step: fused optimizers write without counting up the version."""
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for fuser in list(_holders):
-        if any(id(p) in stepped for p in fuser.parameters()):
-            fuser.repack()
-
-
-register_optimizer_step_post_hook(_repack_stepped)
 
 
 def _written(p: Tensor) -> tuple:

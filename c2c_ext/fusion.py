@@ -92,12 +92,17 @@ def fuse(
             return receiver_cache
         return with_layers(receiver_cache, _spliced(receiver, fused, start, end), length)
 
+    packed = fuser.packed(first.dtype, first.device)
+    one_call_fuses_all = len(packed.groups) == 1 and len(packed.groups[0].layers) == 2 * len(
+        receiver
+    )
+    if not one_call_fuses_all:
+        # The op checks the open streams of one shape group, as it comes to it: what is wrong with a
+        # closed one must not depend on the gate, nor what comes later be found after writing.
+        _check_shapes(receiver, sharer, fuser)
     result = receiver_cache if inplace else clone_cache(receiver_cache)
     target = receiver if inplace else kv_layers(result, "receiver_cache")
     base = _window(target, start, end)
-    packed = fuser.packed(first.dtype, first.device)
-    if len(packed.groups) > 1:  # one op call each: a later one must not fail after writing
-        _check_shapes(receiver, sharer, fuser)
     ops.fuse_(base, base, sharer_view, packed, token_map=token_map)
     if inplace and not torch.compiler.is_compiling():
         written = [t for pair in receiver for t in pair if not t.is_inference()]

@@ -151,7 +151,7 @@ bool overlap(const Extent& a, const Extent& b) {
   if (a.low >= b.high || b.low >= a.high) return false;
   const int64_t bytes = element_size(a.tensor->scalar_type());
   const int64_t delta = static_cast<int64_t>(b.low) - static_cast<int64_t>(a.low);
-  if (delta % bytes != 0) return true;
+  if (delta % bytes != 0 || bytes != element_size(b.tensor->scalar_type())) return true;
   for (int k = 0; k < 4; ++k) {
     if (a.stride[k] != b.stride[k] && a.stride[k] != 0 && b.stride[k] != 0) return true;
   }
@@ -166,7 +166,28 @@ bool same_view(const Extent& a, const Extent& b) {
   return a.low == b.low && a.size == b.size && a.stride == b.stride;
 }
 
-void check_overlaps(std::vector<Extent> extents) {
+// Over whole models and not only this call's streams: the calls for the other shape groups use the
+// same lists, and none may have written when one is refused.
+void check_overlaps(const std::vector<Tensor>& out_keys, const std::vector<Tensor>& out_values,
+                    const std::vector<Tensor>& base_keys, const std::vector<Tensor>& base_values,
+                    const std::vector<Tensor>& sharer_keys,
+                    const std::vector<Tensor>& sharer_values) {
+  std::vector<Extent> extents;
+  const auto add = [&](const char* list, const std::vector<Tensor>& tensors, int64_t first_stream,
+                       bool written) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const Tensor& t = tensors[i];
+      if (t.dim() != 4 || t.numel() == 0) continue;  // another group's business, or nothing
+      const int64_t stream = first_stream < 0 ? -1 : first_stream + 2 * static_cast<int64_t>(i);
+      extents.push_back(extent_of(t, item(list, i), stream, written));
+    }
+  };
+  add("out_keys", out_keys, 0, true);
+  add("out_values", out_values, 1, true);
+  add("receiver_keys", base_keys, 0, false);
+  add("receiver_values", base_values, 1, false);
+  add("sharer_keys", sharer_keys, -1, false);
+  add("sharer_values", sharer_values, -1, false);
   std::sort(extents.begin(), extents.end(),
             [](const Extent& a, const Extent& b) { return a.low < b.low; });
   for (size_t i = 0; i < extents.size(); ++i) {
@@ -225,6 +246,10 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
       fail(item("sources", i), " must be in 0..", sharer_layers - 1, " (sharer layers), got ",
            sources[i]);
     }
+    const auto begin = layers.begin() + (i < num_keys ? 0 : num_keys);
+    if (std::find(begin, layers.begin() + i, layers[i]) != layers.begin() + i) {
+      fail(item("layers", i), " must not name a stream twice, got ", layers[i], " again");
+    }
   }
 
   // Sizes from the weights.
@@ -263,7 +288,6 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
   s.batch = first.size(0);
   s.tokens = first.size(2);
   bool sharer_seen = false;
-  std::vector<Extent> extents;
   call.streams.reserve(g);
   for (int64_t i = 0; i < g; ++i) {
     const bool is_key = i < num_keys;
@@ -293,11 +317,6 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
     }
     check_dim(sharer_name, sharer, 2, "tokens", s.sharer_tokens, "the other sharer tensors");
     call.streams.push_back({&out, &base, &sharer});
-    if (s.batch * s.tokens > 0) {
-      extents.push_back(extent_of(out, out_name, i, true));
-      extents.push_back(extent_of(base, base_name, i, false));
-      if (s.sharer_tokens > 0) extents.push_back(extent_of(sharer, sharer_name, -1, false));
-    }
   }
   if (s.batch > INT32_MAX || s.tokens > INT32_MAX || s.sharer_tokens > INT32_MAX) {
     fail("batch and token counts must be below 2^31");
@@ -318,7 +337,7 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
     fail("sharer_keys dim 2 (tokens) must be at least ", s.tokens,
          " (the receiver's tokens) without a token_map, got ", s.sharer_tokens);
   }
-  check_overlaps(std::move(extents));
+  check_overlaps(out_keys, out_values, base_keys, base_values, sharer_keys, sharer_values);
 
   // Weights.
   const ScalarType compute =

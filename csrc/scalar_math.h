@@ -34,8 +34,10 @@ C2C_HOST_DEVICE To bit_cast(From from) {
 C2C_HOST_DEVICE float exp_clamped(float x) {
   x = x < -87.f ? -87.f : x;
   x = x > 87.f ? 87.f : x;
-  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const float n = (x * 1.44269504088896341f + magic) - magic;
+  // 1.5 * 2^23: adding it rounds to the nearest integer, which is then in the low bits.
+  const float magic = 12582912.f;
+  const float shifted = x * 1.44269504088896341f + magic;
+  const float n = shifted - magic;
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
   float p = 1.f / 5040;                                          // Taylor; |r| <= ln(2) / 2
   p = p * r + 1.f / 720;
@@ -45,16 +47,17 @@ C2C_HOST_DEVICE float exp_clamped(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.f;
   p = p * r + 1.f;
-  return p * bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
+  const uint32_t exponent = bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(magic) + 127u;
+  return p * bit_cast<float>(exponent << 23);  // p is NaN where x is
 }
 C2C_HOST_DEVICE double exp_clamped(double x) { return std::exp(x); }
 
 // erf(x) = x P(x^2) / Q(x^2), a weighted least-squares fit (Lawson iteration on the linearised
-// problem) over |x| <= 3.9, where erf rounds to 1 in float: relative error 1.8e-8 before rounding.
+// problem) over |x| <= 3.9: relative error 1.8e-8 before rounding. From 3.92 on, erf rounds to 1.
 C2C_HOST_DEVICE float erf_fitted(float x) {
-  x = x < -3.9f ? -3.9f : x;
-  x = x > 3.9f ? 3.9f : x;
-  const float t = x * x;
+  float u = x < -3.9f ? -3.9f : x;
+  u = u > 3.9f ? 3.9f : u;
+  const float t = u * u;
   float p = 2.066457853533876e-06f;
   p = p * t + 0.0002850467969452182f;
   p = p * t + 0.0037379352262758357f;
@@ -67,7 +70,8 @@ C2C_HOST_DEVICE float erf_fitted(float x) {
   q = q * t + 0.11381522775602668f;
   q = q * t + 0.5014129216046084f;
   q = q * t + 1.f;
-  return x * p / q;
+  const float fitted = u * p / q;
+  return x >= 3.92f ? 1.f : (x <= -3.92f ? -1.f : fitted);
 }
 C2C_HOST_DEVICE double erf_fitted(double x) { return std::erf(x); }
 

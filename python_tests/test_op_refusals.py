@@ -135,6 +135,8 @@ REFUSED = [
     (
         both(
             put("num_keys", 0),
+            put("layers", [0, 1]),
+            put("sources", [0, 2]),
             put("base_values", lambda t: t[0], 0),
         ),
         "receiver_values[0] must have 4 dimensions, got 3",
@@ -264,7 +266,10 @@ REFUSED = [
         "written",
     ),
     (sharer_inside_stride, "out_keys[1] must not overlap sharer_values[2]"),
-    (both(put("layers", 0, 1), put("sources", 0, 1)), "out_keys[0] must not overlap out_keys[0]"),
+    (
+        both(put("layers", 0, 1), put("sources", 0, 1)),
+        "layers[1] must not name a stream twice, got 0 again",
+    ),
     *(
         (
             put(name, one_more(dim)),
@@ -382,7 +387,7 @@ def test_overlap_check_against_addresses(seed):
         out, sharer = view(strides), view(others)
         mine, theirs = addresses(out), addresses(sharer)
         base = [(torch.zeros(2, 2, 2, 2), values)]
-        arguments = arguments_of(fuser, [(out, values)], base, [(sharer, values)])
+        arguments = arguments_of(fuser, [(out, values)], base, [(sharer, torch.ones_like(values))])
         try:
             torch.ops.c2c.fuse_(*arguments.values())
             refused = None
