@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 KVPairs = list[tuple[Tensor, Tensor]]
@@ -28,6 +29,10 @@ def kv_layers(cache: Any, name: str) -> KVPairs:
         ValueError: a layer that is empty or has dropped tokens (sliding window).
     """
     if is_cache_object(cache):
+        if not isinstance(cache.layers, Sequence):
+            raise TypeError(
+                f"c2c_ext.fuse: {name}.layers must be a list, got {type(cache.layers).__name__}"
+            )
         return [_layer_views(layer, f"{name}.layers[{i}]") for i, layer in enumerate(cache.layers)]
     if isinstance(cache, Tensor) or not isinstance(cache, Sequence):
         raise TypeError(
@@ -58,9 +63,16 @@ def _layer_views(layer: Any, name: str) -> tuple[Tensor, Tensor]:
         raise TypeError(
             f"c2c_ext.fuse: {name} ({type(layer).__name__}) holds no plain keys and values"
         )
-    if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or keys.dim() != 4:
+    if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or keys.dim() == 1:
         raise ValueError(f"c2c_ext.fuse: {name} is empty; prefill the cache first")
+    if keys.dim() != 4 or values.dim() != 4:
+        raise ValueError(
+            f"c2c_ext.fuse: {name} keys and values must have 4 dimensions [B, H, N, D], got "
+            f"{keys.dim()} and {values.dim()}"
+        )
     length = int(layer.get_seq_length())
+    if length < 0:
+        raise ValueError(f"c2c_ext.fuse: {name} reports {length} tokens")
     if length > keys.shape[2]:
         raise ValueError(
             f"c2c_ext.fuse: {name} holds only the last {keys.shape[2]} of {length} tokens "
@@ -94,8 +106,6 @@ def with_layers(cache: Any, pairs: KVPairs, length: int) -> Any:
 
     A buffer longer than ``length`` (static caches) keeps its tail.
     """
-    import torch
-
     if not is_cache_object(cache):
         return tuple(pairs) if isinstance(cache, tuple) else list(pairs)
     twin = copy.copy(cache)

@@ -18,6 +18,7 @@ ACTIVATIONS = ("gelu", "relu", "silu")
 MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 18
 MAX_DEPTH = 64
+MAX_NAME = 256
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,16 @@ class KVShape:
 
     num_heads: int
     head_dim: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "head_dim"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"KVShape.{name} must be an integer of at least 1, got {value!r}")
+        if self.width > MAX_WIDTH:
+            raise ValueError(
+                f"KVShape: num_heads * head_dim must be at most {MAX_WIDTH}, got {self.width}"
+            )
 
     @property
     def width(self) -> int:
@@ -60,6 +71,10 @@ class ModelKV:
                 attention, recurrent layers, layers that reuse another layer's cache), or a number
                 that is needed is missing.
         """
+        if not hasattr(config, "model_type"):
+            raise TypeError(
+                f"c2c_ext: expected a transformers configuration, got {type(config).__name__}"
+            )
         text = (
             config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
         )
@@ -90,6 +105,7 @@ class ModelKV:
         name = str(getattr(config, "_name_or_path", "") or "")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             name = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+        name = "".join(c for c in name if c.isprintable())[:MAX_NAME]
         return cls(model_type, name, tuple(shapes))
 
     def summary(self) -> str:
@@ -128,17 +144,17 @@ class ModelKV:
                     f"FuserConfig.{field}.kv_layers[{i}] must be [num_heads, head_dim], "
                     f"got {pair!r}"
                 )
-            heads = _checked_int(pair[0], f"{field}.kv_layers[{i}][0] (num_heads)", 1, MAX_WIDTH)
-            dim = _checked_int(pair[1], f"{field}.kv_layers[{i}][1] (head_dim)", 1, MAX_WIDTH)
-            if heads * dim > MAX_WIDTH:
-                raise ValueError(
-                    f"FuserConfig.{field}.kv_layers[{i}]: num_heads * head_dim must be at most "
-                    f"{MAX_WIDTH}, got {heads * dim}"
-                )
-            shapes.append(KVShape(heads, dim))
+            try:
+                shapes.append(KVShape(*pair))
+            except ValueError as error:
+                raise ValueError(f"FuserConfig.{field}.kv_layers[{i}]: {error}") from None
         for key in ("model_type", "name"):
-            if not isinstance(data.get(key, ""), str):
-                raise ValueError(f"FuserConfig.{field}.{key} must be a string, got {data[key]!r}")
+            text = data.get(key, "")
+            if not isinstance(text, str) or not text.isprintable() or len(text) > MAX_NAME:
+                raise ValueError(
+                    f"FuserConfig.{field}.{key} must be a printable string of at most {MAX_NAME} "
+                    f"characters, got {text!r:.80}"
+                )
         return cls(data.get("model_type", ""), data.get("name", ""), tuple(shapes))
 
 
@@ -172,6 +188,11 @@ class FuserConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        for side in ("receiver", "sharer"):
+            if not isinstance(getattr(self, side), ModelKV):
+                raise TypeError(
+                    f"FuserConfig.{side} must be a ModelKV, got {getattr(self, side)!r:.80}"
+                )
         mapped = resolve_layer_map(
             len(self.receiver.layers), len(self.sharer.layers), self.layer_map
         )
@@ -189,7 +210,7 @@ class FuserConfig:
             raise ValueError(f"FuserConfig.dropout must be in [0, 1), got {self.dropout}")
         object.__setattr__(self, "dropout", dropout)
         object.__setattr__(self, "gate_init", _checked_float(self.gate_init, "gate_init"))
-        if self.format_version != FORMAT_VERSION:
+        if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"FuserConfig.format_version must be {FORMAT_VERSION}, got "
                 f"{self.format_version!r}: written by another version of c2c_ext"
@@ -305,7 +326,7 @@ class FuserConfig:
         if not isinstance(data, Mapping):
             raise ValueError(f"FuserConfig: expected a JSON object, got {type(data).__name__}")
         version = data.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise ValueError(
                 f"FuserConfig.format_version must be {FORMAT_VERSION}, got {version!r}: "
                 "not a fuser_config.json of this version of c2c_ext"
@@ -349,7 +370,10 @@ def _layer_kv_shape(text: Any, layer: int, layer_type: str, where: str) -> KVSha
         raise ValueError(
             f"{where}: layer {layer} has neither num_key_value_heads nor num_attention_heads"
         )
-    return KVShape(int(heads), int(dim))
+    try:
+        return KVShape(heads, dim)
+    except ValueError as error:
+        raise ValueError(f"{where}: layer {layer}: {error}") from None
 
 
 def _checked_int(value: Any, name: str, low: int, high: int) -> int:
@@ -362,7 +386,7 @@ def _checked_int(value: Any, name: str, low: int, high: int) -> int:
 
 def _checked_float(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise ValueError(f"FuserConfig.{name} must be a number, got {value!r}")
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"FuserConfig.{name} must be finite, got {value!r}")
+        raise ValueError(f"FuserConfig.{name} must be a number, got {value!r:.80}")
+    if not abs(value) < 1e9:
+        raise ValueError(f"FuserConfig.{name} must be below 1e9 in size, got {value!r:.80}")
     return float(value)

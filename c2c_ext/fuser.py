@@ -75,8 +75,8 @@ class Fuser(nn.Module):
     attached models use the packed form, built on first use for a dtype and device and rebuilt
     when any parameter has been written to, stepped by an optimizer, replaced, cast or moved.
     While gradients are pending (``p.grad`` is not None) it is built anew on every use. Writes
-    through ``.data``, to inference tensors, and by a fused optimizer whose gradients were set by
-    hand leave no trace that PyTorch reports: call `repack` after them.
+    through ``.data`` (or assigning to it), to inference tensors, and by a fused optimizer whose
+    gradients were set by hand leave no trace that PyTorch reports: call `repack` after them.
 
     Args:
         config: shapes, layer map and initial values.
@@ -84,6 +84,8 @@ class Fuser(nn.Module):
 
     def __init__(self, config: FuserConfig) -> None:
         super().__init__()
+        if not isinstance(config, FuserConfig):
+            raise TypeError(f"Fuser: config must be a FuserConfig, got {type(config).__name__}")
         self.config = config
         self.groups = nn.ModuleList(FuserGroup(config, layers) for layers in config.shape_groups())
         self._place = {
@@ -92,7 +94,7 @@ class Fuser(nn.Module):
             for i, layer in enumerate(group.layers)
         }
         self._gradient_hooks: list[RemovableHandle] = []
-        self._packs: dict[tuple[torch.dtype, torch.device], tuple[Any, PackedFuser]] = {}
+        self._packs: dict[tuple[torch.dtype, torch.device], tuple[Any, Any, PackedFuser]] = {}
 
     def stream(self, layer: int, kind: str, dtype: torch.dtype | None = None) -> StreamWeights:
         """Parameter views of one stream.
@@ -138,18 +140,18 @@ class Fuser(nn.Module):
                     f"c2c_ext: call fuser.packed({dtype}, torch.device('{device}')) once before "
                     "torch.compile"
                 )
-            return self._packs[key][1]
+            return self._packs[key][2]
         # Fused optimizers write without counting up the version, so a form is only kept while no
         # gradient waits to be stepped, and forgotten when one arrives.
         if any(p.grad is not None for p in self.parameters()):
             self._packs.clear()
             return pack_fuser(self, dtype, device)
         held = self._packs.get(key)
-        if held is None or not self._unchanged(held[0]):
+        if held is None or not self._unchanged(*held[:2]):
             self._watch_gradients()
-            held = (self._state(), pack_fuser(self, dtype, device))
+            held = (self.config, self._state(), pack_fuser(self, dtype, device))
             self._packs[key] = held
-        return held[1]
+        return held[2]
 
     def repack(self) -> None:
         """Forgets every packed form; the next use builds anew from the parameters."""
@@ -171,15 +173,19 @@ class Fuser(nn.Module):
             if p.requires_grad and p.is_leaf
         ]
 
-    def _state(self) -> list[tuple[weakref.ref, tuple]]:
-        # By weak reference: the id of a parameter that was replaced can be given out again.
-        return [(weakref.ref(p), _written(p)) for p in self.parameters()]
+    def _state(self) -> list[tuple[Tensor, tuple]]:
+        # The parameters themselves: the id of one that was replaced can be given out again.
+        return [(p, _written(p)) for p in self.parameters()]
 
-    def _unchanged(self, state: list[tuple[weakref.ref, tuple]]) -> bool:
+    def _unchanged(self, config: FuserConfig, state: list[tuple[Tensor, tuple]]) -> bool:
         parameters = list(self.parameters())
-        return len(parameters) == len(state) and all(
-            known() is p and written == _written(p)
-            for p, (known, written) in zip(parameters, state, strict=True)
+        return (
+            config is self.config
+            and len(parameters) == len(state)
+            and all(
+                known is p and written == _written(p)
+                for p, (known, written) in zip(parameters, state, strict=True)
+            )
         )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Fuser:

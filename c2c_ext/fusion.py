@@ -10,7 +10,11 @@ from torch import Tensor
 
 from . import ops, reference
 from .cache import KVPairs, clone_cache, kv_layers, with_layers
+from .config import KVShape
 from .fuser import Fuser
+
+CACHE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_TOKENS = 1 << 31  # the op counts tokens in 32 bits
 
 
 def fuse(
@@ -26,8 +30,9 @@ def fuse(
     """Fuses tokens ``start .. end - 1`` of a receiver's cache with a sharer's (arXiv 2510.03215).
 
     All streams are fused from the two caches as they stand (post-RoPE keys). On the CPU the
-    compiled op runs; other devices, and calls that need gradients, go through
-    `c2c_ext.reference`. Gates are hard: open iff their logit is > 0.
+    compiled op runs; other devices, and calls that need gradients, go through the slower
+    `c2c_ext.reference`: call it under `torch.no_grad` (or freeze the fuser) where you need none.
+    Gates are hard: open iff their logit is > 0.
 
     Args:
         receiver_cache: a transformers Cache, or a sequence of (key, value) tensors
@@ -38,7 +43,7 @@ def fuse(
         token_map: int64 ``[end - start]`` or ``[B, end - start]``: for every receiver position the
             absolute sharer position it is fused with, or -1 to leave it as it is. Without one:
             identity, and the sharer holds at least ``end`` tokens. A map on the CPU is checked; on
-            another device anything out of range counts as -1.
+            another device, or under `torch.compile`, anything out of range counts as -1.
         inplace: write into ``receiver_cache``'s own tensors.
 
     Returns:
@@ -59,6 +64,8 @@ def fuse(
     config = fuser.config
     _check_layers("receiver_cache", receiver, len(config.receiver.layers))
     _check_layers("sharer_cache", sharer, len(config.sharer.layers))
+    _check_tensors("receiver", receiver, config.receiver.layers, receiver[0][0])
+    _check_tensors("sharer", sharer, config.sharer.layers, receiver[0][0])
     first = receiver[0][0]
     length, sharer_length = first.shape[2], sharer[0][0].shape[2]
     end = length if end is None else end
@@ -71,9 +78,12 @@ def fuse(
             f"token_map, got {sharer_length}"
         )
 
-    wanted = torch.is_grad_enabled() and (
-        any(t.requires_grad for pair in (*receiver, *sharer) for t in pair)
-        or any(p.requires_grad for p in fuser.parameters())
+    wanted = _in_transform() or (
+        torch.is_grad_enabled()
+        and (
+            any(t.requires_grad for pair in (*receiver, *sharer) for t in pair)
+            or any(p.requires_grad for p in fuser.parameters())
+        )
     )
     if wanted and inplace:
         raise ValueError(
@@ -82,7 +92,6 @@ def fuse(
         )
     sharer_view = sharer if token_map is not None else _window(sharer, start, end)
     if wanted or first.device.type != "cpu":
-        _check_shapes(receiver, sharer, fuser)
         base = _window(receiver, start, end)
         fused = reference.fuse(base, sharer_view, fuser, token_map=token_map)
         if inplace:
@@ -93,13 +102,6 @@ def fuse(
         return with_layers(receiver_cache, _spliced(receiver, fused, start, end), length)
 
     packed = fuser.packed(first.dtype, first.device)
-    one_call_fuses_all = len(packed.groups) == 1 and len(packed.groups[0].layers) == 2 * len(
-        receiver
-    )
-    if not one_call_fuses_all:
-        # The op checks the open streams of one shape group, as it comes to it: what is wrong with a
-        # closed one must not depend on the gate, nor what comes later be found after writing.
-        _check_shapes(receiver, sharer, fuser)
     result = receiver_cache if inplace else clone_cache(receiver_cache)
     target = receiver if inplace else kv_layers(result, "receiver_cache")
     base = _window(target, start, end)
@@ -142,6 +144,11 @@ def _checked_map(token_map: Tensor, tokens: int, first: Tensor, sharer_length: i
     if not isinstance(token_map, Tensor) or token_map.dtype != torch.int64:
         got = token_map.dtype if isinstance(token_map, Tensor) else type(token_map).__name__
         raise TypeError(f"c2c_ext.fuse: token_map must be an int64 tensor, got {got}")
+    if token_map.layout != torch.strided or token_map.device.type == "meta":
+        raise TypeError(
+            "c2c_ext.fuse: token_map must be a dense tensor that holds numbers, got "
+            f"{token_map.layout} on {token_map.device}"
+        )
     shapes = [(tokens,), (first.shape[0], tokens)]
     if tuple(token_map.shape) not in shapes:
         raise ValueError(
@@ -180,29 +187,49 @@ def _spliced(whole: KVPairs, fused: KVPairs, start: int, end: int) -> KVPairs:
     ]
 
 
-def _check_shapes(receiver: KVPairs, sharer: KVPairs, fuser: Fuser) -> None:
-    """What the compiled op checks itself, for the paths on which it would not or too late."""
-    first = receiver[0][0]
-    sides: Sequence = (
-        ("receiver", receiver, fuser.config.receiver.layers),
-        ("sharer", sharer, fuser.config.sharer.layers),
+def _in_transform() -> bool:
+    """Whether forward-mode AD or a torch.func transform is active: the op knows neither."""
+    return not torch.compiler.is_compiling() and (
+        torch.autograd.forward_ad._current_level >= 0
+        or torch._C._functorch.maybe_current_level() is not None
     )
-    for side, pairs, shapes in sides:
-        for i, (pair, shape) in enumerate(zip(pairs, shapes, strict=True)):
-            for which, t in zip(("keys", "values"), pair, strict=True):
-                name = f"c2c_ext.fuse: {side}_{which}[{i}]"
-                for dim, meaning, expected in (
-                    (0, "batch", first.shape[0]),
-                    (1, "heads", shape.num_heads),
-                    (3, "head dim", shape.head_dim),
-                ):
-                    if t.shape[dim] != expected:
-                        raise ValueError(
-                            f"{name} dim {dim} ({meaning}) must equal {expected}, "
-                            f"got {t.shape[dim]}"
-                        )
-                if t.dtype != first.dtype or t.device != first.device:
+
+
+def _check_tensors(side: str, pairs: KVPairs, shapes: Sequence[KVShape], first: Tensor) -> None:
+    """Every tensor of a cache, whichever gates are open and whichever path will run."""
+    for i, (pair, shape) in enumerate(zip(pairs, shapes, strict=True)):
+        for which, t in zip(("keys", "values"), pair, strict=True):
+            batch, heads, tokens, dim = t.shape
+            if (
+                (batch, heads, dim) == (first.shape[0], shape.num_heads, shape.head_dim)
+                and t.dtype == first.dtype
+                and t.device == first.device
+                and t.dtype in CACHE_DTYPES
+                and t.layout == torch.strided
+                and t.device.type != "meta"
+                and tokens < MAX_TOKENS
+            ):
+                continue
+            name = f"c2c_ext.fuse: {side}_{which}[{i}]"
+            if t.layout != torch.strided:
+                raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
+            for axis, meaning, expected in (
+                (0, "batch", first.shape[0]),
+                (1, "heads", shape.num_heads),
+                (3, "head dim", shape.head_dim),
+            ):
+                if t.shape[axis] != expected:
                     raise ValueError(
-                        f"{name} must be {first.dtype} on {first.device} as receiver_keys[0], got "
-                        f"{t.dtype} on {t.device}"
+                        f"{name} dim {axis} ({meaning}) must equal {expected}, got {t.shape[axis]}"
                     )
+            if t.dtype not in CACHE_DTYPES:
+                known = ", ".join(str(d).removeprefix("torch.") for d in CACHE_DTYPES)
+                raise ValueError(f"{name} must be one of {known}, got {t.dtype}")
+            if t.device.type == "meta":
+                raise ValueError(f"{name} must hold numbers, got a tensor on the meta device")
+            if tokens >= MAX_TOKENS:
+                raise ValueError(f"{name} dim 2 (tokens) must be below {MAX_TOKENS}, got {tokens}")
+            raise ValueError(
+                f"{name} must be {first.dtype} on {first.device} as receiver_keys[0], got "
+                f"{t.dtype} on {t.device}"
+            )

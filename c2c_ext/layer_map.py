@@ -48,6 +48,11 @@ def layer_map(
             f"c2c_ext.layer_map: unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}, "
             "or a sequence with one sharer layer per receiver layer"
         )
+    if not isinstance(strategy, Sequence):
+        raise TypeError(
+            "c2c_ext.layer_map: strategy must be a name or a sequence of sharer layers, got "
+            f"{strategy!r}"
+        )
     explicit = list(strategy)
     if len(explicit) != t:
         raise ValueError(

@@ -192,7 +192,9 @@ VALUES_REFUSED = [
     ({"dropout": -0.1}, "FuserConfig.dropout must be in [0, 1), got -0.1"),
     ({"dropout": "0"}, "FuserConfig.dropout must be a number, got '0'"),
     ({"gate_init": float("nan")}, "FuserConfig.gate_init must be a number, got nan"),
-    ({"gate_init": float("inf")}, "FuserConfig.gate_init must be finite, got inf"),
+    ({"gate_init": float("inf")}, "FuserConfig.gate_init must be below 1e9 in size, got inf"),
+    ({"gate_init": 10**400}, "FuserConfig.gate_init must be below 1e9 in size, got 1000"),
+    ({"format_version": True}, "FuserConfig.format_version must be 1, got True"),
     ({"format_version": 2}, "FuserConfig.format_version must be 1, got 2: written by another"),
     ({"layer_map": [0]}, "an explicit layer_map needs one entry per receiver layer (2), got 1"),
     ({"layer_map": [0, 3]}, "layer_map[1] must be in 0..2 (sharer layers), got 3"),
@@ -237,18 +239,20 @@ DICTS_REFUSED = [
     (with_receiver(kv_layers=["28"]), f"{LAYERS}[0] must be [num_heads, head_dim], got '28'"),
     (
         with_receiver(kv_layers=[[2, 8], [0, 8]]),
-        f"{LAYERS}[1][0] (num_heads) must be in 1..262144, got 0",
+        f"{LAYERS}[1]: KVShape.num_heads must be an integer of at least 1, got 0",
     ),
     (
         with_receiver(kv_layers=[[2, 8.5], [2, 8]]),
-        f"{LAYERS}[0][1] (head_dim) must be an int, got 8.5",
+        f"{LAYERS}[0]: KVShape.head_dim must be an integer of at least 1, got 8.5",
     ),
     (
         with_receiver(kv_layers=[[1024, 1024], [2, 8]]),
-        f"{LAYERS}[0]: num_heads * head_dim must be at most 262144, got 1048576",
+        f"{LAYERS}[0]: KVShape: num_heads * head_dim must be at most 262144, got 1048576",
     ),
-    (with_receiver(model_type=3), "FuserConfig.receiver.model_type must be a string, got 3"),
-    (with_receiver(name=None), "FuserConfig.receiver.name must be a string, got None"),
+    (with_receiver(model_type=3), "FuserConfig.receiver.model_type must be a printable string"),
+    (with_receiver(name=None), "FuserConfig.receiver.name must be a printable string"),
+    (with_receiver(name="\x1b[2J\nfits"), "FuserConfig.receiver.name must be a printable string"),
+    (with_receiver(name="a" * 257), "must be a printable string of at most 256 characters"),
 ]
 
 

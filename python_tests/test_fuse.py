@@ -309,3 +309,33 @@ def test_caches_survive_copying(fuser):
     with torch.no_grad():
         fused = copy.deepcopy(c2c_ext.fuse(receiver, sharer, fuser))
     assert all(map(same_bits, flat(held(fused)), flat(run_op(fuser, base, sharer))))
+
+
+def test_forward_mode_takes_the_differentiable_path():
+    fuser = make_fuser().double().requires_grad_(False)
+    base, sharer = make_caches(fuser.config, dtype=torch.float64)
+
+    def total(key):
+        return c2c_ext.fuse(base, [(key, sharer[0][1]), *sharer[1:]], fuser)[0][0].square().sum()
+
+    key, tangent = sharer[0][0], torch.randn_like(sharer[0][0])
+    step = 1e-6
+    expected = (total(key + step * tangent) - total(key - step * tangent)) / (2 * step)
+    assert expected.abs() > 1e-3
+    _, by_func = torch.func.jvp(total, (key,), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(key, tangent)
+        by_dual = torch.autograd.forward_ad.unpack_dual(total(dual)).tangent
+    by_grad = (torch.func.grad(total)(key) * tangent).sum()
+    for derivative in (by_func, by_dual, by_grad):
+        torch.testing.assert_close(derivative, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_transform_with_inplace_is_refused():
+    fuser = make_fuser().requires_grad_(False)
+    base, sharer = make_caches(fuser.config)
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(ValueError, match="inplace=True records no gradient"),
+    ):
+        c2c_ext.fuse(base, sharer, fuser, inplace=True)

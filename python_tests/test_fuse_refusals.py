@@ -14,6 +14,7 @@ from conftest import (
     make_config,
     make_fuser,
     same_bits,
+    set_gates,
 )
 from torch import Tensor
 from transformers import DynamicCache
@@ -215,13 +216,56 @@ def test_fuser_of_another_type_is_refused(fuser):
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("where", ["receiver", "sharer"])
-def test_other_device_is_refused(where, grad, fuser):
+def test_meta_tensors_are_refused(where, grad, fuser):
     base, sharer = make_caches(fuser.config)
     caches = {"receiver": base, "sharer": sharer}
     caches[where] = [(key.to("meta"), value.to("meta")) for key, value in caches[where]]
-    message = "sharer_keys.0. must be torch.float32 on|must be on one device, got cpu, meta"
-    with torch.set_grad_enabled(grad), pytest.raises((ValueError, RuntimeError), match=message):
+    message = re.escape(f"{where}_keys[0] must hold numbers, got a tensor on the meta device")
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=message):
         c2c_ext.fuse(caches["receiver"], caches["sharer"], fuser)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("open_gates", [0, 1, 4])
+@pytest.mark.parametrize("which", ["receiver", "sharer"])
+@pytest.mark.parametrize(
+    ("change_tensor", "message"),
+    [
+        (lambda t: t[:1], "dim 0 (batch) must equal 2, got 1"),
+        (lambda t: t.repeat(1, 3, 1, 1), "dim 1 (heads) must equal"),
+        (lambda t: t[..., :-1], "dim 3 (head dim) must equal"),
+        (lambda t: t.double(), "must be torch.float32 on cpu as receiver_keys[0]"),
+        (lambda t: t.int(), "must be one of float64, float32, bfloat16, float16, got torch.int32"),
+        (lambda t: t.to(torch.float8_e4m3fn), "must be one of float64"),
+        (lambda t: t.to_sparse(), "must be a dense tensor, got layout torch.sparse_coo"),
+        (lambda t: t.to("meta"), "must hold numbers, got a tensor on the meta device"),
+    ],
+)
+def test_checks_do_not_depend_on_gates(grad, open_gates, which, change_tensor, message):
+    fuser = make_fuser()
+    streams = [(0, "key"), (0, "value"), (1, "key"), (1, "value")]
+    set_gates(fuser, dict.fromkeys(streams[:open_gates], 1.0), default=-1.0)
+    base, sharer = make_caches(fuser.config)
+    caches = {"receiver": base, "sharer": sharer}
+    last = len(caches[which]) - 1  # the sharer's middle layer is read by nobody
+    layer = 1 if which == "sharer" else last
+    key, value = caches[which][layer]
+    caches[which][layer] = (key, change_tensor(value))
+    name = re.escape(f"{which}_values[{layer}] {message}")
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises((ValueError, TypeError), match=name),
+    ):
+        c2c_ext.fuse(caches["receiver"], caches["sharer"], fuser)
+    assert fuser._packs == {}  # nothing was built for what is refused
+
+
+def test_absurd_token_counts_are_refused_before_allocation():
+    fuser = make_fuser()
+    base, sharer = make_caches(fuser.config, 1, 1)
+    huge = [(k.expand(-1, -1, 2**33, -1), v.expand(-1, -1, 2**33, -1)) for k, v in base]
+    with torch.no_grad(), pytest.raises(ValueError, match=r"dim 2 \(tokens\) must be below"):
+        c2c_ext.fuse(huge, sharer, fuser, end=1)
 
 
 def test_error_in_a_later_shape_group_leaves_the_first_unwritten():

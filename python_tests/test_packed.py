@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -230,6 +231,21 @@ def test_fused_step_is_seen_whenever_the_form_was_built(looked_at_in_between):
         trained.zero_grad()
         assert same_bits(pack(fuser).groups[0].in_bias, stepped)
     assert pack(fuser) is pack(fuser)
+
+
+def test_new_configuration_is_seen():
+    fuser = make_fuser()
+    before = pack(fuser)
+    fuser.config = dataclasses.replace(fuser.config, activation="relu")
+    assert pack(fuser) is not before
+    assert pack(fuser).activation == "relu"
+
+
+def test_swapped_parameters_are_seen():
+    fuser = make_fuser()
+    pack(fuser)
+    torch.utils.swap_tensors(fuser.groups[0].in_bias, nn.Parameter(torch.ones(4, 16)))
+    assert (pack(fuser).groups[0].in_bias == 1.0).all()
 
 
 def test_replacing_again_and_again_is_seen():
