@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +13,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="c2c", description="Cache-to-Cache: LLMs that talk through their KV-caches."
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="store_true", help="print the version")
+    commands = parser.add_subparsers(dest="command")
 
     demo = commands.add_parser(
         "demo", help="two shipped models answer, through their caches, what neither knows alone"
@@ -32,17 +34,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     info.add_argument("--fuser", metavar="DIR", help="a fuser directory, ours or a published one")
 
     options = parser.parse_args(arguments)
+    if options.version:
+        from . import __version__
+
+        print(f"c2c_ext {__version__}")
+        return 0
+    if options.command is None:
+        parser.error("a command is needed: demo or info")
     try:
         if options.command == "demo":
             from .demo.command import run_demo
 
-            return run_demo(
+            status = run_demo(
                 options.entity, options.ask, rivals=options.rivals, json_path=options.json
             )
-        from .info import run_info
+        else:
+            from .info import run_info
 
-        return run_info(options.receiver, options.sharer, options.fuser)
-    except (ValueError, OSError) as error:
+            status = run_info(options.receiver, options.sharer, options.fuser)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, e.g. head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, OSError) as error:
         print(f"c2c {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

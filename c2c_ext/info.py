@@ -68,7 +68,13 @@ def read_model(directory: str | Path) -> ModelKV:
     path = Path(directory)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"no model at {path}: config.json is missing")
-    config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers' own checks raise errors of many kinds
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path / 'config.json'} is not a model configuration: {reason}"
+        ) from error
     return ModelKV.from_config(config)
 
 

@@ -8,8 +8,8 @@ A directory of ``projector_{i}.pt`` (a state dict; loaded with weights_only), ``
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .config import MAX_LAYERS, FuserConfig, KVShape, ModelKV
 from .serialization import (
+    WEIGHT_DTYPES,
     assemble,
     check_finite,
     check_names,
@@ -239,24 +240,49 @@ def _read_state(path: Path, index: int, arguments: Mapping[str, Any]) -> dict[st
     size = file.stat().st_size
     if size > MAX_PROJECTOR_BYTES:
         raise ValueError(f"c2c_ext: {file} must be at most {MAX_PROJECTOR_BYTES} bytes, got {size}")
+    _check_archive(file, size)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a hostile pickle can make the unpickler fail in any way
+        # Not the loader's own text, which advises to load without weights_only.
         raise ValueError(
-            f"c2c_ext: {file} is not a state dict of plain tensors: {reason}"
-        ) from error
+            f"c2c_ext: {file} is not a state dict of plain tensors: the weights_only loader "
+            f"refused it ({type(error).__name__})"
+        ) from None
     if not isinstance(state, Mapping) or not all(isinstance(k, str) for k in state):
         raise ValueError(f"c2c_ext: {file} must hold a dict of tensors, got {type(state).__name__}")
     expected = _published_shapes(arguments)
     state = {name: t for name, t in state.items() if name != "gate_temperature"}  # training's
     check_names(state, expected, str(file))
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"c2c_ext: {file}: {name} must be a floating-point tensor")
+        if not isinstance(tensor, Tensor) or tensor.dtype not in WEIGHT_DTYPES.values():
+            raise ValueError(
+                f"c2c_ext: {file}: {name} must be a tensor of dtype {', '.join(WEIGHT_DTYPES)}, "
+                f"got {getattr(tensor, 'dtype', type(tensor).__name__)}"
+            )
         check_shape(name, tensor.shape, expected[name], str(file))
+        # An expanded tensor is small on disk and huge once it is written out.
+        if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_contiguous():
+            raise ValueError(f"c2c_ext: {file}: {name} must be a dense, contiguous tensor")
     check_finite(state.items(), str(file))
     return state
+
+
+def _check_archive(file: Path, size: int) -> None:
+    """Refuses anything but an uncompressed zip, which cannot unpack to more than it is."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+        raise ValueError(
+            f"c2c_ext: {file} is not a state dict of plain tensors: not a whole zip archive"
+        ) from error
+    unpacked = sum(entry.file_size for entry in entries)
+    if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError(
+            f"c2c_ext: {file} must be an uncompressed archive; its {size} bytes claim to hold "
+            f"{unpacked}"
+        )
 
 
 def _common_dtype(states: Mapping[int, Mapping[str, Tensor]]) -> torch.dtype:

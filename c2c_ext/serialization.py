@@ -39,8 +39,12 @@ def save_fuser(fuser: Fuser, directory: str | os.PathLike) -> None:
         raise NotADirectoryError(
             f"c2c_ext: save_directory must be a directory, got the file {path}"
         )
-    tensors = {name: t.detach().contiguous().cpu() for name, t in fuser.state_dict().items()}
-    check_finite(tensors.items(), "the fuser")
+    # Cloned: safetensors refuses tensors that share memory, as tied parameters do.
+    tensors = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in fuser.state_dict().items()
+    }
+    check_parameters(fuser.config, tensors)
     path.mkdir(parents=True, exist_ok=True)
     # The weights name the configuration they belong to, so that a directory caught between the two
     # replacements of an overwrite is refused and not silently mixed.
@@ -53,6 +57,23 @@ def save_fuser(fuser: Fuser, directory: str | os.PathLike) -> None:
     write_atomically(
         path / CONFIG_NAME, lambda temporary: Path(temporary).write_text(text, encoding="utf-8")
     )
+
+
+def check_parameters(config: FuserConfig, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError unless `load_fuser` would take these parameters back."""
+    from .fuser import parameter_shapes
+
+    expected = dict(parameter_shapes(config))
+    check_names(tensors, expected, "the fuser")
+    for name, tensor in tensors.items():
+        check_shape(name, tensor.shape, expected[name], "the fuser")
+    dtypes = {t.dtype for t in tensors.values()}
+    if len(dtypes) > 1 or not dtypes <= set(WEIGHT_DTYPES.values()):
+        raise ValueError(
+            f"c2c_ext: the fuser: all parameters must have one dtype of "
+            f"{', '.join(WEIGHT_DTYPES)}, got {', '.join(sorted(map(str, dtypes)))}"
+        )
+    check_finite(tensors.items(), "the fuser")
 
 
 def load_fuser(directory: str | os.PathLike) -> Fuser:

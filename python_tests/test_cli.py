@@ -1,11 +1,14 @@
 """The c2c command line: info on pairs that fit and do not, the demo and its bad input."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
+import c2c_ext
 from c2c_ext import Fuser
 from c2c_ext.cli import main
 from c2c_ext.demo import command
@@ -67,6 +70,7 @@ def test_info_names_the_head_that_differs(capsys: pytest.CaptureFixture, tmp_pat
     [
         (["info", "--fuser", "/nowhere"], "no fuser directory at /nowhere"),
         (["info", "--receiver", "/nowhere"], "config.json is missing"),
+        (["demo", "--json", "/nowhere/x.json"], "--json: there is no directory /nowhere"),
         (["demo", "--entity", "Nobody", "--ask", "metal"], "unknown entity 'Nobody'; known are"),
         (["demo", "--entity", "Corbin", "--ask", "taste"], "unknown attribute 'taste'; known are"),
         (["demo", "--entity", "Corbin"], "--ask ATTRIBUTE is missing"),
@@ -82,6 +86,44 @@ def test_bad_input_is_one_clear_line(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"c2c_ext {c2c_ext.__version__}\n"
+
+
+def test_a_command_is_needed(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main([])
+    assert "a command is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": "two"}, "is not a model configuration"),
+        ({"head_dim": 0}, "KVShape.head_dim must be an integer of at least 1, got 0"),
+        ({"num_key_value_heads": -2}, "KVShape.num_heads must be an integer of at least 1"),
+    ],
+)
+def test_a_bad_model_configuration_is_one_clear_line(
+    capsys: pytest.CaptureFixture, tmp_path: Path, change: dict, message: str
+) -> None:
+    data = json.loads((E2E / "receiver" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(data | change))
+    assert main(["info", "--receiver", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err or "is not a model configuration" in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    command = [sys.executable, "-m", "c2c_ext.cli", "info"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
 
 
 @pytest.mark.parametrize("rivals", [False, True])

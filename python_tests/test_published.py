@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,26 @@ def truncate(directory: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def rezip(compression: int, pickled: bytes | None = None) -> Callable[[Path], None]:
+    """Packs projector_1.pt anew, with another pickle if given."""
+
+    def apply(directory: Path) -> None:
+        path = directory / "projector_1.pt"
+        with zipfile.ZipFile(path) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, data in parts.items():
+                if pickled is not None and name.endswith("data.pkl"):
+                    data = pickled
+                archive.writestr(name, data)
+
+    return apply
+
+
+def replace_pickle(pickled: bytes) -> Callable[[Path], None]:
+    return rezip(zipfile.ZIP_STORED, pickled)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -121,9 +142,25 @@ def truncate(directory: Path) -> None:
         ),
         (
             change_state(lambda s: s.update({"key_in.bias": "text"})),
-            r"key_in\.bias must be a floating-point tensor",
+            r"key_in\.bias must be a tensor of dtype F64, F32, BF16, F16, got str",
+        ),
+        (
+            change_state(lambda s: s.update({"key_in.bias": torch.ones(24, dtype=torch.int32)})),
+            r"key_in\.bias must be a tensor of dtype F64, F32, BF16, F16, got torch\.int32",
+        ),
+        (
+            change_state(lambda s: s.update({"key_in.bias": torch.zeros(1).expand(24)})),
+            r"key_in\.bias must be a dense, contiguous tensor",
+        ),
+        (
+            change_state(lambda s: s.update({"key_in.bias": torch.ones(24).to_sparse()})),
+            r"key_in\.bias must be a dense, contiguous tensor",
         ),
         (truncate, "is not a state dict of plain tensors"),
+        (rezip(zipfile.ZIP_DEFLATED), "must be an uncompressed archive"),
+        (replace_pickle(b"."), r"the weights_only loader refused it \(\w+\)"),
+        (replace_pickle(b"\x80\x02K\x01Q."), r"the weights_only loader refused it \(\w+\)"),
+        (replace_pickle(b"\x80\x02J\x01."), r"the weights_only loader refused it \(\w+\)"),
         (set_argument("hidden_dim", 25), "must agree on hidden_dim: .* has 24, .* has 25"),
         (set_argument("hidden_dim", True), "init_args.hidden_dim must be an integer"),
         (set_argument("source_dim", 10**9), "init_args.source_dim must be an integer in 1.."),

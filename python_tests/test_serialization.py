@@ -81,6 +81,42 @@ def test_save_refuses_nan_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda g: g.in_bias.data.__setitem__(slice(None), 0), None),
+        (lambda g: setattr(g, "in_bias", None), r"1 missing tensors: groups\.0\.in_bias"),
+        (lambda g: setattr(g, "more", torch.nn.Parameter(torch.ones(1))), "1 surplus tensors"),
+        (
+            lambda g: setattr(g, "in_bias", torch.nn.Parameter(torch.ones(2))),
+            r"groups\.0\.in_bias must have shape \[4, 10\], got \[2\]",
+        ),
+        (lambda g: g.double(), "all parameters must have one dtype of F64, F32, BF16, F16, got"),
+        (lambda g: setattr(g, "proj_w2", g.proj_w1), r"groups\.0\.proj_w2 must have shape"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(
+    tmp_path: Path, damage: Callable, message: str | None
+) -> None:
+    fuser = small_fuser()
+    damage(fuser.groups[0])
+    if message is None:
+        fuser.save_pretrained(tmp_path / "new")
+        Fuser.from_pretrained(tmp_path / "new")
+        return
+    with pytest.raises(ValueError, match=message):
+        fuser.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_tied_parameters_are_saved(tmp_path: Path) -> None:
+    fuser = small_fuser()
+    fuser.groups[0].shared_norm = fuser.groups[0].weight_norm
+    fuser.save_pretrained(tmp_path)
+    loaded = Fuser.from_pretrained(tmp_path)
+    assert torch.equal(loaded.groups[0].shared_norm, fuser.groups[0].weight_norm)
+
+
 def test_save_refuses_a_file_as_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="save_directory must be a directory"):

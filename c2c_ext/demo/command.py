@@ -65,6 +65,8 @@ def run_demo(
         raise ValueError("--rivals goes with --entity and --ask")
     if json_path is not None and entity is not None:
         raise ValueError("--json goes with the whole demo, not with --entity")
+    if json_path is not None and not Path(json_path).absolute().parent.is_dir():
+        raise ValueError(f"--json: there is no directory {Path(json_path).absolute().parent}")
     started = time.perf_counter()
     pair = _load()
     if entity is not None and ask is not None:
