@@ -23,6 +23,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from .config import ModelKV
 from .fuser import Fuser
 from .fusion import fuse
+from .generation_arguments import check_prompt_tensors, fused_columns, prompt_shape
 
 _ATTACHMENT = "_c2c_attachment"
 # Newer versions of transformers trim the inputs to this many tokens; older ones by cache_position.
@@ -94,17 +95,19 @@ class _FusedGeneration:
 
         Args:
             inputs: token ids ``[B, P]``, also accepted as ``input_ids``.
-            positions: the prompt columns to fuse: column indices in ``0 .. P - 2`` (a sequence or a
-                1-D int64 tensor, the same for all rows), or a bool mask ``[P]`` or ``[B, P]``.
-                All columns by default.
-            *args, **kwargs: as transformers' `generate`.
+            positions: the prompt columns to fuse: column indices in ``0 .. P - 2`` (a range, list,
+                tuple, 1-D array or 1-D tensor, the same for all rows), or a bool mask ``[P]`` or
+                ``[B, P]``. All columns by default.
+            *args, **kwargs: as transformers' `generate`; ``attention_mask`` is ``[B, P]``.
 
         Raises:
-            ValueError: a wrong ``positions``; token ids that the sharer's vocabulary lacks;
-                not supported: ``inputs_embeds`` and any other prompt tensor but a mask and
-                position ids, ``use_cache=False``, a cache that already holds tokens, a prompt
-                processed in chunks.
-            TypeError: ``positions`` neither integers nor bools.
+            ValueError: an empty prompt; a mask, position ids or ``positions`` that do not fit it;
+                token ids that the sharer's vocabulary lacks; not supported: ``inputs_embeds`` and
+                any other prompt tensor but a mask and position ids, ``use_cache=False``, a cache
+                that already holds tokens, a prompt processed in chunks.
+            TypeError: no tensors; ``positions`` neither integers nor bools.
+            RuntimeError: a model kept no cache (gradient checkpointing in training mode), or this
+                way of decoding never prepared its inputs.
         """
         attachment: _Attachment = getattr(self, _ATTACHMENT)
         if kwargs.get("inputs_embeds") is not None:
@@ -113,14 +116,15 @@ class _FusedGeneration:
                 "token ids"
             )
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if ids is not None and ids.ndim != 2:
-            raise ValueError(f"c2c_ext: input_ids must be [batch, tokens], got {list(ids.shape)}")
-        batch, length = ids.shape if ids is not None else (1, 1)  # none: generate starts from BOS
+        batch, length = prompt_shape(ids)
+        position_ids = kwargs.get("position_ids")
+        if ids is not None:
+            check_prompt_tensors(kwargs.get("attention_mask"), position_ids, batch, length)
         call = _Call(
             batch=batch,
             prompt_length=length,
-            columns=_fused_columns(positions, batch, length),
-            position_ids=kwargs.get("position_ids"),
+            columns=fused_columns(positions, batch, length),
+            position_ids=position_ids,
         )
         with attachment.armed(call):
             output = super().generate(inputs, *args, **kwargs)
@@ -355,41 +359,3 @@ def _token_map(columns: Tensor | None, mask: Tensor | None, ids: Tensor) -> Tens
     if mask is not None:
         fused &= mask.to(ids.device) != 0
     return torch.where(fused, torch.arange(ids.shape[1], device=ids.device), -1)
-
-
-def _fused_columns(
-    positions: Sequence[int] | Tensor | None, batch: int, length: int
-) -> Tensor | None:
-    """bool ``[1 or batch, length - 1]`` from the ``positions`` of generate; None stays None."""
-    if positions is None:
-        return None
-    given = torch.as_tensor(positions)
-    if given.numel() == 0 and given.ndim == 1:
-        given = given.long()  # an empty list is float32
-    if given.dtype != torch.bool and (given.is_floating_point() or given.is_complex()):
-        raise TypeError(f"c2c_ext: positions must be integers or bools, got {given.dtype}")
-    rule = f"the last of the {length} prompt tokens is never fused"
-    if given.dtype == torch.bool:
-        if given.shape not in ((length,), (batch, length)):
-            raise ValueError(
-                f"c2c_ext: a positions mask must be [{length}] or [{batch}, {length}] (the "
-                f"prompt's shape), got {list(given.shape)}"
-            )
-        given = given.reshape(-1, length)
-        if given[:, -1].any():
-            raise ValueError(f"c2c_ext: positions marks column {length - 1}: {rule}")
-        return given[:, :-1]
-    if given.ndim != 1:
-        raise ValueError(
-            "c2c_ext: positions must be a 1-D list of columns or a bool mask, got integers of "
-            f"shape {list(given.shape)}"
-        )
-    columns = torch.zeros(1, length - 1, dtype=torch.bool)
-    for column in given.tolist():
-        if not 0 <= column < length - 1:
-            raise ValueError(
-                f"c2c_ext: positions must be at least 0 and at most {length - 2} ({rule}), "
-                f"got {column}"
-            )
-        columns[0, column] = True
-    return columns
