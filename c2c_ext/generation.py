@@ -307,8 +307,8 @@ def _fused_cache(
     else:
         position_ids = torch.arange(n, device=ids.device).expand(ids.shape)
     sharer_ids = _ids_for_sharer(receiver, attachment.sharer, ids, mask)
-    base = _prefill(receiver, ids, mask, position_ids)
-    shared = _prefill(attachment.sharer, sharer_ids, mask, position_ids)
+    base = _prefill("receiver", receiver, ids, mask, position_ids)
+    shared = _prefill("sharer", attachment.sharer, sharer_ids, mask, position_ids)
     shared = [(key.to(base[0][0]), value.to(base[0][0])) for key, value in shared]
     token_map = _token_map(call.columns, mask, ids)
     # In place: these tensors are ours alone.
@@ -316,7 +316,7 @@ def _fused_cache(
 
 
 def _prefill(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, position_ids: Tensor
+    role: str, model: PreTrainedModel, ids: Tensor, mask: Tensor | None, position_ids: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """(key, value) ``[batch, heads, n, dim]`` of every layer, sliding ones too."""
     cache = DynamicCache()  # made without the configuration, so that no layer slides
@@ -328,6 +328,17 @@ def _prefill(
         past_key_values=cache,
         use_cache=True,
     )
+    kept = [int(layer.get_seq_length()) for layer in cache.layers]
+    if not kept or min(kept) != ids.shape[1]:
+        cause = (
+            "it is in training mode, where gradient checkpointing makes transformers drop the "
+            "cache: call its eval()"
+            if model.training
+            else "its forward did not fill the past_key_values it was given"
+        )
+        raise RuntimeError(
+            f"c2c_ext: the {role} ({type(model).__name__}) kept no cache of the prompt; {cause}"
+        )
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 

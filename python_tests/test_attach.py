@@ -92,6 +92,27 @@ def test_attached_detaches_after_an_exception(trio):
     assert type(receiver) is own_class and vars(receiver) == before
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:None of the inputs:UserWarning")
+@pytest.mark.parametrize("role", ["receiver", "sharer", "headless sharer"])
+def test_a_model_that_keeps_no_cache_is_named(role):
+    receiver, sharer = tiny_models.receiver_model(), tiny_models.sharer_model()
+    fuser = tiny_models.fuser_between(receiver, sharer)
+    sharer = sharer.model if role == "headless sharer" else sharer
+    model = receiver if role == "receiver" else sharer
+    model.gradient_checkpointing_enable()
+    name = rf"the {role.split()[-1]} \({type(model).__name__}\)"
+    with attached(receiver, sharer, fuser):
+        generate(receiver, prompt())  # harmless in evaluation mode
+        model.train()
+        with pytest.raises(RuntimeError, match=f"{name} kept no cache .* gradient checkpointing"):
+            generate(receiver, prompt())
+        model.eval()
+        generate(receiver, prompt())
+        model.base_model.forward = lambda **kwargs: None
+        with pytest.raises(RuntimeError, match=f"{name} kept no cache .* its forward"):
+            generate(receiver, prompt())
+
+
 def test_a_decoding_loop_that_never_prepares_inputs_is_reported(trio):
     receiver, sharer, fuser = trio
 
