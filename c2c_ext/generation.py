@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +56,9 @@ class _Attachment:
     fuser: Fuser
     # By thread: streamers are usually read in one thread while generate runs in another.
     calls: dict[int, _Call] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "calls": {}}  # a copy has no threads in generate
 
     @contextmanager
     def armed(self, call: _Call) -> Iterator[None]:
@@ -134,6 +137,13 @@ class _FusedGeneration:
                 "call prepare_inputs_for_generation"
             )
         return output
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickles and copies as the original class, which attaches itself when rebuilt."""
+        original = getattr(self, _ATTACHMENT).original_class
+        build, arguments, *rest = super().__reduce_ex__(protocol)
+        arguments = tuple(original if value is type(self) else value for value in arguments)
+        return (_rebuild, (build, arguments), *rest)
 
 
 def attach(receiver: PreTrainedModel, sharer: PreTrainedModel, fuser: Fuser) -> PreTrainedModel:
@@ -233,6 +243,13 @@ def _attached_class(original: type) -> type:
         "prepare_inputs_for_generation": prepare_inputs_for_generation,
     }
     return type(original.__name__, (_FusedGeneration, original), namespace)
+
+
+def _rebuild(build: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """The bare object of an attached receiver; its state, the attachment included, follows."""
+    receiver = build(*arguments)
+    receiver.__class__ = _attached_class(type(receiver))
+    return receiver
 
 
 def _fuse_prompt(

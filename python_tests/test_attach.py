@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import pickle
+from functools import partial
 
 import plain_loop
 import pytest
 import tiny_models
 import torch
-from generation_checks import CLOSE, STEPS, assert_same_run, generate, logits_of, prompt
+from generation_checks import CLOSE, STEPS, VISIBLE, assert_same_run, generate, logits_of, prompt
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -137,6 +140,48 @@ def test_a_decoding_loop_that_calls_generate_is_fused(trio):
         output = generate(receiver, ids, custom_generate=nested)
         assert receiver._c2c_attachment.calls == {}
     assert_same_run(output, ids, expected)
+
+
+def pickled(receiver, protocol: int):
+    return pickle.loads(pickle.dumps(receiver, protocol=protocol))
+
+
+def saved(receiver):
+    file = io.BytesIO()
+    torch.save(receiver, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("own_sharer", [False, True], ids=["two models", "own sharer"])
+@pytest.mark.parametrize(
+    "again",
+    [copy.deepcopy, saved, *(partial(pickled, protocol=n) for n in (0, 2, 5))],
+    ids=["deepcopy", "torch.save", "pickle 0", "pickle 2", "pickle 5"],
+)
+def test_a_copy_is_attached_and_independent(again, own_sharer):
+    receiver, ids = tiny_models.receiver_model(), prompt()
+    sharer = receiver if own_sharer else tiny_models.sharer_model()
+    fuser = tiny_models.fuser_between(receiver, sharer)
+    own_class, alone = type(receiver), generate(receiver, ids)
+    attach(receiver, sharer, fuser)
+    expected = logits_of(generate(receiver, ids))
+    assert (logits_of(alone)[:, 0] - expected[:, 0]).abs().max() > VISIBLE
+    receiver._c2c_attachment.calls[-1] = None  # as if a thread were in generate
+    twin = again(receiver)
+    del receiver._c2c_attachment.calls[-1]
+    assert twin._c2c_attachment.calls == {}
+    assert (twin._c2c_attachment.sharer is twin) == own_sharer
+    with torch.no_grad():  # nothing is shared
+        for module in (receiver, sharer, fuser):
+            for parameter in module.parameters():
+                parameter.zero_()
+    assert torch.equal(logits_of(generate(twin, ids)), expected)
+    assert isinstance(twin, own_class) and type(twin) is not own_class
+    detach(twin)
+    assert type(twin) is own_class
+    assert torch.equal(logits_of(generate(twin, ids)), logits_of(alone))
+    detach(receiver)  # was not detached with its twin
 
 
 def test_attached_receiver_saves_and_counts_only_itself(trio, tmp_path):
