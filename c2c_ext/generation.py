@@ -32,6 +32,13 @@ _TRIMS_BY_LENGTH = (
     in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
 
+# Ways to decode that never ask for prepared inputs and keep caches of their own.
+_CONTINUOUS_BATCHING = (
+    "generate_batch",
+    "init_continuous_batching",
+    "continuous_batching_context_manager",
+)
+
 # Tensors about the prompt that the prefills follow, and labels, which generate drops.
 _PROMPT_TENSORS = ("attention_mask", "position_ids", "cache_position", "labels")
 
@@ -242,7 +249,21 @@ def _attached_class(original: type) -> type:
         "__doc__": original.__doc__,
         "prepare_inputs_for_generation": prepare_inputs_for_generation,
     }
+    for name in _CONTINUOUS_BATCHING:
+        if hasattr(original, name):
+            namespace[name] = _refused(getattr(original, name))
     return type(original.__name__, (_FusedGeneration, original), namespace)
+
+
+def _refused(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            f"c2c_ext: {method.__name__} is not supported by an attached receiver: continuous "
+            "batching would answer from the receiver's own cache; use generate or detach first"
+        )
+
+    return refuse
 
 
 def _rebuild(build: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

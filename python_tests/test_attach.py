@@ -225,6 +225,33 @@ def test_what_an_attached_receiver_does_not_support_is_refused(trio):
     assert held.get_seq_length() == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("generate_batch", ([[1, 2, 3]],)),
+        ("init_continuous_batching", ()),
+        ("continuous_batching_context_manager", ()),
+    ],
+)
+def test_continuous_batching_is_refused(trio, name, arguments):
+    receiver, sharer, fuser = trio
+    existed = hasattr(receiver, name)
+    with attached(receiver, sharer, fuser):
+        assert hasattr(receiver, name) == existed
+        if existed:
+            with pytest.raises(NotImplementedError, match=f"{name} is not supported"):
+                getattr(receiver, name)(*arguments)
+    assert hasattr(receiver, name) == existed
+
+
+def test_paged_caches_are_refused(trio):
+    receiver, sharer, fuser = trio
+    ours, older = "generate_batch is not supported", "Invalid `cache_implementation`"
+    with attached(receiver, sharer, fuser):
+        with pytest.raises((NotImplementedError, ValueError), match=f"{ours}|{older}"):
+            receiver.generate(prompt(), cache_implementation="paged")
+
+
 def test_attach_refuses_what_does_not_fit(trio):
     receiver, sharer, fuser = trio
     cases = [
