@@ -52,6 +52,7 @@ class _Call:
     columns: Tensor | None  # bool [1 or batch, prompt_length - 1]: which to fuse; None: all
     position_ids: Tensor | None  # the caller's own, [1 or batch, prompt_length]
     fused: bool = False
+    answered_inside: bool = False  # by a generate inside this one
 
 
 @dataclass
@@ -78,9 +79,11 @@ class _Attachment:
         finally:
             if outer is None:
                 del self.calls[thread]
-            else:  # a custom decoding loop that calls generate itself
+            else:
                 self.calls[thread] = outer
-                outer.fused = outer.fused or call.fused
+                # A custom decoding loop is done with that; after token healing, the outer prompt
+                # is still to be fused.
+                outer.answered_inside |= call.fused or call.answered_inside
 
     def pending(self) -> _Call | None:
         """This thread's call, if its prompt is not fused yet."""
@@ -138,7 +141,7 @@ class _FusedGeneration:
         )
         with attachment.armed(call):
             output = super().generate(inputs, *args, **kwargs)
-        if not call.fused:
+        if not (call.fused or call.answered_inside):
             raise RuntimeError(
                 "c2c_ext: generate ended without fusing the prompt: this way of decoding does not "
                 "call prepare_inputs_for_generation"
