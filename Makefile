@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 export C2C_EXT_CUDA ?= auto
 export MAX_JOBS ?= 2
-# Covers isolated builds too, so that nothing pulls in another torch.
+# Isolated builds too (older and newer pip), so that nothing pulls in another torch.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -42,7 +43,8 @@ $(VENV)/.created:
 	touch $@
 
 $(VENV)/.built: $(VENV)/.created $(BUILD_INPUTS)
-	@echo "installing torch and building (a few minutes the first time)"
+	@echo "installing torch and building, a few minutes the first time (where pip knows no CPU"
+	@echo "wheels of torch, it takes the CUDA build, several GB: see constraints.txt)"
 	$(PIP) setuptools wheel cmake ninja pybind11 torch
 	$(PIP) --no-build-isolation --editable '.[demo,test]'
 	touch $@
@@ -52,5 +54,5 @@ $(VENV)/.linters: $(VENV)/.created pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache c2c_ext/*.so
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .ruff_cache c2c_ext/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
 
     demo = commands.add_parser(
-        "demo", help="two shipped models answer, through their caches, what neither knows alone"
+        "demo", help="two shipped models answer together, through their caches"
     )
     demo.add_argument("--entity", metavar="NAME", help="ask about this entity")
     demo.add_argument("--ask", metavar="ATTRIBUTE", help="ask for this attribute of it")

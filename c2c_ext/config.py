@@ -12,6 +12,7 @@ from typing import Any
 from .layer_map import layer_map as resolve_layer_map
 
 FORMAT_VERSION = 1
+KINDS = ("key", "value")  # of streams
 ACTIVATIONS = ("gelu", "relu", "silu")
 # Bounds on what a configuration may ask for: a file from a stranger must not be able to make the
 # loader allocate without limit. Far above any published model.

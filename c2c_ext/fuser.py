@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .config import FuserConfig, KVShape
+from .config import KINDS, FuserConfig, KVShape
 from .packed import PackedFuser, pack_fuser
 from .reference import BlockWeights, StreamWeights
-
-KINDS = ("key", "value")
 
 
 class FuserGroup(nn.Module):
@@ -76,7 +74,8 @@ class Fuser(nn.Module):
     when any parameter has been written to, stepped by an optimizer, replaced, cast or moved.
     While gradients are pending (``p.grad`` is not None) it is built anew on every use. Writes
     through ``.data`` (or assigning to it), to inference tensors, and by a fused optimizer whose
-    gradients were set by hand leave no trace that PyTorch reports: call `repack` after them.
+    gradients were set by hand leave no trace that PyTorch reports: call `repack` after them. A
+    function compiled by `torch.compile` takes the form that the last eager use has built.
 
     Args:
         config: shapes, layer map and initial values.
@@ -173,18 +172,18 @@ class Fuser(nn.Module):
             if p.requires_grad and p.is_leaf
         ]
 
-    def _state(self) -> list[tuple[Tensor, tuple]]:
+    def _state(self) -> list[tuple[Tensor, tuple, bool]]:
         # The parameters themselves: the id of one that was replaced can be given out again.
-        return [(p, _written(p)) for p in self.parameters()]
+        return [(p, _written(p), p.requires_grad) for p in self.parameters()]
 
-    def _unchanged(self, config: FuserConfig, state: list[tuple[Tensor, tuple]]) -> bool:
+    def _unchanged(self, config: FuserConfig, state: list[tuple[Tensor, tuple, bool]]) -> bool:
         parameters = list(self.parameters())
         return (
             config is self.config
             and len(parameters) == len(state)
             and all(
-                known is p and written == _written(p)
-                for p, (known, written) in zip(parameters, state, strict=True)
+                known is p and written == _written(p) and (watched or not p.requires_grad)
+                for p, (known, written, watched) in zip(parameters, state, strict=True)
             )
         )
 

@@ -32,7 +32,8 @@ def fuse(
     All streams are fused from the two caches as they stand (post-RoPE keys). On the CPU the
     compiled op runs; other devices, and calls that need gradients, go through the slower
     `c2c_ext.reference`: call it under `torch.no_grad` (or freeze the fuser) where you need none.
-    Gates are hard: open iff their logit is > 0.
+    Gates are hard: open iff their logit is > 0. Under `torch.compile` the packed form of the last
+    eager call is used; see `Fuser.packed`.
 
     Args:
         receiver_cache: a transformers Cache, or a sequence of (key, value) tensors
@@ -92,6 +93,7 @@ def fuse(
         )
     sharer_view = sharer if token_map is not None else _window(sharer, start, end)
     if wanted or first.device.type != "cpu":
+        _check_fuser_device(fuser, first)
         base = _window(receiver, start, end)
         fused = reference.fuse(base, sharer_view, fuser, token_map=token_map)
         if inplace:
@@ -193,6 +195,16 @@ def _in_transform() -> bool:
         torch.autograd.forward_ad._current_level >= 0
         or torch._C._functorch.maybe_current_level() is not None
     )
+
+
+def _check_fuser_device(fuser: Fuser, first: Tensor) -> None:
+    """The reference computes with the parameters as they are; only packing moves them."""
+    for name, p in fuser.named_parameters():
+        if p.device != first.device:
+            raise ValueError(
+                f"c2c_ext.fuse: fuser must be on {first.device} as the caches are, its {name} is "
+                f"on {p.device}"
+            )
 
 
 def _check_tensors(side: str, pairs: KVPairs, shapes: Sequence[KVShape], first: Tensor) -> None:

@@ -37,7 +37,8 @@ def describe() -> dict[str, str]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             lines[f"cuda:{i}"] = (
-                f"{torch.cuda.get_device_name(i)}: PyTorch reference, no CUDA kernels in this build"
+                f"{torch.cuda.get_device_name(i)}: plain PyTorch reference "
+                "(this build has no CUDA kernels)"
             )
     else:
         lines["cuda"] = "no device"

@@ -73,7 +73,14 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def pack_fuser(fuser: Fuser, dtype: torch.dtype, device: torch.device) -> PackedFuser:
-    """Folds and stacks the open streams of ``fuser`` for caches of ``dtype`` on ``device``."""
+    """Folds and stacks the open streams of ``fuser`` for caches of ``dtype`` on ``device``.
+
+    Raises:
+        ValueError: the fuser has no numbers yet (a parameter is on the meta device).
+    """
+    for name, parameter in fuser.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"c2c_ext: fuser must hold numbers, its {name} is on the meta device")
     # Outside inference mode, so that a pack built under it can be used anywhere.
     with torch.inference_mode(False), torch.no_grad():
         groups = []

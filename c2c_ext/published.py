@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .config import MAX_LAYERS, FuserConfig, KVShape, ModelKV
+from .config import KINDS, MAX_LAYERS, MAX_WIDTH, FuserConfig, KVShape, ModelKV
 from .serialization import (
     WEIGHT_DTYPES,
     assemble,
@@ -51,7 +51,6 @@ TRAINING_ARGUMENTS = (
     "anneal_steps",
     "dtype",
 )
-KINDS = ("key", "value")
 MAX_PROJECTOR_BYTES = 1 << 32
 
 
@@ -127,9 +126,9 @@ def _read_arguments(path: Path, index: int) -> dict[str, Any]:
         raise ValueError(f"c2c_ext: {file}: init_args must be an object")
     for name in SHAPE_ARGUMENTS:
         value = arguments.get(name)
-        if type(value) is not int or not 1 <= value <= 1 << 18:
+        if type(value) is not int or not 1 <= value <= MAX_WIDTH:
             raise ValueError(
-                f"c2c_ext: {file}: init_args.{name} must be an integer in 1..{1 << 18}, "
+                f"c2c_ext: {file}: init_args.{name} must be an integer in 1..{MAX_WIDTH}, "
                 f"got {value!r:.80}"
             )
     unknown = sorted(set(arguments) - set(SHAPE_ARGUMENTS) - set(TRAINING_ARGUMENTS))
@@ -220,9 +219,7 @@ def _published_shapes(arguments: Mapping[str, int]) -> dict[str, tuple[int, ...]
     shapes: dict[str, tuple[int, ...]] = {}
     for kind in KINDS:
         blocks = {f"{kind}_mlp1.blocks.0": m, f"{kind}_scalar_mlp2.blocks.0": h}
-        blocks |= {
-            f"{kind}_proj_mlp2.blocks.{i}": m for i in range(max(arguments["num_layers"] - 2, 0))
-        }
+        blocks |= {f"{kind}_proj_mlp2.blocks.{i}": m for i in range(arguments["num_layers"] - 2)}
         for block, inner in blocks.items():
             shapes[f"{block}.norm.weight"] = (h,)
             shapes[f"{block}.w1.weight"] = (inner, h)

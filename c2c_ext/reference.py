@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import KINDS
+
 if TYPE_CHECKING:
     from .fuser import Fuser
 
@@ -91,11 +93,6 @@ def fuse_stream(
     return base + gate * weighting.transpose(1, 2).unsqueeze(-1) * projected
 
 
-def hard_gate(logit: Tensor) -> Tensor:
-    """Inference gate: 1 iff the logit is > 0; no gradient reaches the logit."""
-    return (logit > 0).to(logit.dtype)
-
-
 def soft_gate(logit: Tensor, u: Tensor, temperature: float) -> Tensor:
     """Training gate of the published code: ``sigmoid((logit + G) / T)``, one Gumbel ``G``.
 
@@ -129,7 +126,7 @@ def fuse(
         token_map: int64 ``[N]`` or ``[B, N]``: sharer token of every receiver token; anything
             outside ``0 .. S-1`` leaves the receiver's token as it is.
         gates: one (key gate, value gate) per receiver layer, each broadcastable to
-            ``[B, Ht, N, 1]``; hard gates by default.
+            ``[B, Ht, N, 1]``. By default hard: open iff the logit is > 0, no gradient reaches it.
         dropout: probability, applied where the published code applies it.
 
     Returns:
@@ -139,13 +136,17 @@ def fuse(
     for layer, base_pair in enumerate(receiver_kv):
         source_pair = sharer_kv[fuser.config.layer_map[layer]]
         outs = []
-        for kind, base, source in zip(("key", "value"), base_pair, source_pair, strict=True):
+        for kind, base, source in zip(KINDS, base_pair, source_pair, strict=True):
             w = fuser.stream(layer, kind, dtype=base.dtype)
-            gate = gates[layer][0 if kind == "key" else 1] if gates else hard_gate(w.gate_logit)
             aligned, mapped = _align(source, token_map, base)
+            gate = base.new_ones(()) if gates is None else gates[layer][KINDS.index(kind)]
             out = fuse_stream(
                 w, aligned, base, gate, activation=fuser.config.activation, dropout=dropout
             )
+            if gates is None:
+                # Chosen, not multiplied: a closed stream keeps its bits. The logit as it is, since
+                # a small one is 0 in half precision.
+                out = torch.where(fuser.stream(layer, kind).gate_logit > 0, out, base)
             outs.append(out if mapped is None else torch.where(mapped, out, base))
         fused.append((outs[0], outs[1]))
     return fused

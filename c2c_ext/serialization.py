@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable
+import secrets
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +50,12 @@ def save_fuser(fuser: Fuser, directory: str | os.PathLike) -> None:
     # replacements of an overwrite is refused and not silently mixed.
     # A single entry: safetensors writes several in no fixed order; equal fusers give equal files.
     metadata = {FINGERPRINT_KEY: _fingerprint(fuser.config)}
-    write_atomically(
-        path / WEIGHTS_NAME, lambda temporary: save_file(tensors, temporary, metadata=metadata)
-    )
     text = fuser.config.to_json()
     write_atomically(
-        path / CONFIG_NAME, lambda temporary: Path(temporary).write_text(text, encoding="utf-8")
+        {
+            path / WEIGHTS_NAME: lambda temporary: save_file(tensors, temporary, metadata),
+            path / CONFIG_NAME: lambda temporary: Path(temporary).write_text(text, "utf-8"),
+        }
     )
 
 
@@ -189,25 +189,28 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
             raise ValueError(f"c2c_ext: {where}: {name} holds NaN or infinite values")
 
 
-def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
-    """Calls ``write`` on a temporary file beside ``path``, then puts it in ``path``'s place.
+def write_atomically(files: Mapping[Path, Callable[[str], Any]]) -> None:
+    """Writes files beside their places, then moves all of them there.
 
-    The file's contents reach the disk before its name does. On any failure ``path`` is as it was.
+    Each value is called with the name of a temporary file to write. Contents reach the disk before
+    names do. If any write fails, every file is as it was; only a crash between two moves can leave
+    some new and some old, each of them whole.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporaries: dict[Path, Path] = {}
     try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 is not what a new file gets
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+        for path, write in files.items():
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+            # Exclusive, and with the permissions that any new file gets.
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            temporaries[path] = temporary
+            write(str(temporary))
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
 
 
 def _fingerprint(config: FuserConfig) -> str:

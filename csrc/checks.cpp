@@ -146,7 +146,8 @@ bool reachable(int64_t delta, const Extent& a, const Extent& b, const std::array
   return false;
 }
 
-// Exact where both views step through memory alike (as views of one cache do), else by extent.
+// Exact where both views step through memory alike, as views of one cache do; others count as
+// overlapping where their extents meet.
 bool overlap(const Extent& a, const Extent& b) {
   if (a.low >= b.high || b.low >= a.high) return false;
   const int64_t bytes = element_size(a.tensor->scalar_type());
@@ -224,9 +225,9 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
       fail(name, " must have ", expected, " entries (", rule, "), got ", list.size());
     }
   };
-  check_length("base_values", base_values, receiver_layers, "as base_keys");
-  check_length("out_keys", out_keys, receiver_layers, "as base_keys");
-  check_length("out_values", out_values, receiver_layers, "as base_keys");
+  check_length("receiver_values", base_values, receiver_layers, "as receiver_keys");
+  check_length("out_keys", out_keys, receiver_layers, "as receiver_keys");
+  check_length("out_values", out_values, receiver_layers, "as receiver_keys");
   check_length("sharer_values", sharer_values, sharer_layers, "as sharer_keys");
   const auto g = static_cast<int64_t>(layers.size());
   check_length("sources", sources, g, "one per stream, as layers");

@@ -47,8 +47,7 @@ struct FuseCall {
 };
 
 // Checks every argument of c2c::fuse_ on the host and resolves streams. Throws std::runtime_error
-// naming the argument, the rule and both numbers. `compute_dtype_of` gives the dtype the weights
-// must have for a cache dtype.
+// naming the argument, the rule and both numbers.
 FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tensor>& out_values,
                     const std::vector<Tensor>& base_keys, const std::vector<Tensor>& base_values,
                     const std::vector<Tensor>& sharer_keys,

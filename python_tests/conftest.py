@@ -65,7 +65,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     def is_listed(test: str) -> bool:
         return any(test == name or test.startswith(name + "[") for name in listed)
 
-    names = {test: test.rsplit("/", 1)[-1] for test in _outcomes}
+    names = {
+        test: Path(test.partition("::")[0]).name + test[test.find("::") :] for test in _outcomes
+    }
     wrong = [t for t, skipped in _outcomes.items() if skipped != is_listed(names[t])]
     if wrong:
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -19,6 +19,9 @@ from c2c_ext.config import KVShape, ModelKV
 HEADS = {"num_hidden_layers": 4, "num_attention_heads": 6, "hidden_size": 60}
 
 
+SHAPES_BY_LAYER = [(4, 16), (2, 64), (4, 16)]
+
+
 def model_config(kind: str, **changes: object) -> Any:
     return getattr(transformers, kind)(**{**HEADS, "num_key_value_heads": 2, **changes})
 
@@ -48,6 +51,23 @@ def test_reads_text_part_of_a_multimodal_model():
     text = model_config("Gemma3TextConfig", head_dim=22)
     config = transformers.Gemma3Config(text_config=text.to_dict())
     assert ModelKV.from_config(config).layers == (KVShape(2, 22),) * 4
+
+
+def test_layers_may_differ_in_shape():
+    numbers = {"model_type": "mixed", "num_hidden_layers": 3, "num_attention_heads": 8}
+    per_layer = [SimpleNamespace(num_key_value_heads=h, head_dim=d) for h, d in SHAPES_BY_LAYER]
+    newer = SimpleNamespace(**numbers, per_layer_config=per_layer)
+    older = SimpleNamespace(
+        **numbers,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        num_key_value_heads=4,
+        head_dim=16,
+        num_global_key_value_heads=2,
+        global_head_dim=64,
+    )
+    for config in (newer, older):
+        layers = ModelKV.from_config(config).layers
+        assert [(s.num_heads, s.head_dim) for s in layers] == SHAPES_BY_LAYER
 
 
 def test_key_value_heads_default_to_attention_heads():

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
 
 import c2c_ext
-from c2c_ext import Fuser
+from c2c_ext import Fuser, reference
 
 STATIC_LENGTH = 11
 
@@ -329,6 +329,47 @@ def test_forward_mode_takes_the_differentiable_path():
     by_grad = (torch.func.grad(total)(key) * tangent).sum()
     for derivative in (by_func, by_dual, by_grad):
         torch.testing.assert_close(derivative, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_smallest_open_gate_is_open(dtype, grad):
+    fuser = make_fuser()
+    set_gates(fuser, {(0, "key"): 1e-30, (0, "value"): 0.0}, default=-1.0)
+    base, sharer = make_caches(fuser.config, dtype=dtype)
+    with torch.set_grad_enabled(grad):
+        fused = c2c_ext.fuse(base, sharer, fuser)
+    changed = [not same_bits(x.detach(), b) for x, b in zip(flat(fused), flat(base), strict=True)]
+    assert changed == [True, False, False, False]
+
+
+def test_closed_stream_keeps_its_bits_with_gradients():
+    fuser = make_fuser()
+    set_gates(fuser, {}, default=-1.0)
+    with torch.no_grad():
+        fuser.groups[0].out_bias.fill_(float("inf"))
+    base, sharer = make_caches(fuser.config)
+    base[0][0].fill_(-0.0)
+    fused = c2c_ext.fuse(base, sharer, fuser)
+    assert fused[0][0].requires_grad
+    assert all(same_bits(x.detach(), b) for x, b in zip(flat(fused), flat(base), strict=True))
+
+
+def test_dropout_is_where_the_reference_puts_it():
+    fuser = make_fuser()
+    base, sharer = make_caches(fuser.config)
+    sharer = [(key[:, :, :5], value[:, :, :5]) for key, value in sharer]
+
+    def fused(p, seed):
+        torch.manual_seed(seed)
+        return reference.fuse(base, sharer, fuser, dropout=p)[0][0]
+
+    assert torch.equal(fused(0.0, 0), fused(0.0, 1))
+    assert torch.equal(fused(0.5, 0), fused(0.5, 0))
+    assert not torch.allclose(fused(0.5, 0), fused(0.5, 1))
+    mean = torch.stack([fused(0.1, seed) for seed in range(400)]).mean(0)
+    change = (fused(0.0, 0) - base[0][0]).abs().mean()
+    assert (mean - fused(0.0, 0)).abs().mean() < 0.1 * change
 
 
 def test_transform_with_inplace_is_refused():

@@ -31,6 +31,29 @@ def test_core_imports_without_extras() -> None:
     assert done.stdout.strip() == "fine"
 
 
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules, standard library aside, that a fresh interpreter loads."""
+    code = f"""
+import sys
+before = set(sys.modules)
+{statement}
+names = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+print(*sorted(names - set(sys.stdlib_module_names)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_import_loads_nothing_but_the_runtime_packages() -> None:
+    runtime = loaded_by("import torch, numpy, safetensors.torch")
+    assert "torch" in runtime
+    assert loaded_by("import c2c_ext") - runtime <= {"c2c_ext"}
+    runtime |= loaded_by("import transformers; transformers.DynamicCache; transformers.pipeline")
+    assert loaded_by("import c2c_ext.generation, c2c_ext.cli, c2c_ext.info") - runtime <= {
+        "c2c_ext"
+    }
+
+
 def test_importing_leaves_transformers_alone() -> None:
     code = "import sys, c2c_ext; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

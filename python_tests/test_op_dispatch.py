@@ -77,11 +77,18 @@ def test_chunks_equal_reference(layers, tokens, chunks):
     assert changed == [layers == 1 or i != 3 for i in range(2 * layers)]
 
 
-@pytest.mark.parametrize("shape", ["even", "wide_output", "groups"])
-def test_op_dispatches_gemms_and_nothing_else(shape):
-    config = make_config(**SHAPES[shape])
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+@pytest.mark.parametrize("shape", ["even", "wide_output", "groups", "real_heads"])
+def test_op_dispatches_gemms_and_nothing_else(shape, tokens):
+    real_heads = {
+        "receiver": [(8, 128)] * 2,
+        "sharer": [(2, 64)] * 3,
+        "hidden_size": 1024,
+        "intermediate_size": 1024,
+    }
+    config = make_config(**(real_heads if shape == "real_heads" else SHAPES[shape]))
     fuser = make_fuser(config)
-    base, sharer = make_caches(config)
+    base, sharer = make_caches(config, 1, tokens)
     fuser.packed(torch.float32, CPU)
     with torch.no_grad():
         calls = aten_calls(lambda: c2c_ext.fuse(base, sharer, fuser, inplace=True))
@@ -189,6 +196,22 @@ def test_compiled_fuse_equals_eager(inplace, mode, device):
     assert all(map(same_bits, flat(ours), flat(expected)))
     moved = [not torch.equal(x, b) for x, b in zip(flat(ours), flat(base), strict=True)]
     assert moved == [not inplace] * 4
+
+
+def test_compiled_fuse_takes_the_form_of_the_last_eager_use(device):
+    torch._dynamo.reset()
+    fuser = make_fuser(device=device)
+    base, sharer = make_caches(fuser.config, device=device)
+    compiled = torch.compile(
+        lambda b, s: c2c_ext.fuse(b, s, fuser), fullgraph=True, backend="aot_eager"
+    )
+    with torch.no_grad():
+        before = c2c_ext.fuse(base, sharer, fuser)
+        fuser.groups[0].out_bias.add_(1.0)
+        assert all(map(same_bits, flat(compiled(base, sharer)), flat(before)))
+        after = c2c_ext.fuse(base, sharer, fuser)
+        assert all(map(same_bits, flat(compiled(base, sharer)), flat(after)))
+    assert not any(map(torch.equal, flat(after), flat(before)))
 
 
 def test_compiling_without_packed_form_is_refused(device):

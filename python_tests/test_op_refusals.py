@@ -97,9 +97,12 @@ def sharer_inside_stride(arguments: dict) -> None:
 # 2 receiver layers of 2 heads x 8, 3 sharer layers of 1 x 4, batch 2, 5 tokens, 6 of the sharer;
 # hidden 16, inner 24, depth 4, folded. Mutation -> the message after "c2c_ext.fuse: ".
 REFUSED = [
-    (put("base_values", drop_last), "base_values must have 2 entries (as base_keys), got 1"),
-    (put("out_keys", drop_last), "out_keys must have 2 entries (as base_keys), got 1"),
-    (put("out_values", drop_last), "out_values must have 2 entries (as base_keys), got 1"),
+    (
+        put("base_values", drop_last),
+        "receiver_values must have 2 entries (as receiver_keys), got 1",
+    ),
+    (put("out_keys", drop_last), "out_keys must have 2 entries (as receiver_keys), got 1"),
+    (put("out_values", drop_last), "out_values must have 2 entries (as receiver_keys), got 1"),
     (put("sharer_values", drop_last), "sharer_values must have 3 entries (as sharer_keys), got 2"),
     (put("sources", drop_last), "sources must have 4 entries (one per stream, as layers), got 3"),
     (put("num_keys", 5), "num_keys must be in 0..4, got 5"),

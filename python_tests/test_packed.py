@@ -126,6 +126,19 @@ def fused_sgd_step(fuser: Fuser) -> None:
     optimizer_step(fuser, torch.optim.SGD, fused=True)
 
 
+def unfreeze_and_step(fuser: Fuser) -> None:
+    fuser.requires_grad_(False)
+    pack(fuser)  # watches nothing
+    fuser.requires_grad_(True)
+    fused_sgd_step(fuser)
+
+
+def move_away_and_back(fuser: Fuser) -> None:
+    fuser.to("meta")
+    fuser.to_empty(device="cpu")
+    load_a_state_dict(fuser)
+
+
 def load_a_state_dict(fuser: Fuser) -> None:
     fuser.load_state_dict(make_fuser(fuser.config, seed=3).state_dict())
 
@@ -176,6 +189,8 @@ WRITES = [
     foreach_adam_step,
     fused_adam_step,
     fused_sgd_step,
+    unfreeze_and_step,
+    move_away_and_back,
     load_a_state_dict,
     assign_a_state_dict,
     cast_to_bfloat16,
@@ -274,6 +289,11 @@ def test_nothing_written_keeps_the_form():
         assert pack(fuser) is forms[torch.float32]
     for dtype, form in forms.items():
         assert pack(fuser, dtype) is form
+
+
+def test_fuser_without_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"its groups\.0\.in_weight is on the meta device"):
+        pack(make_fuser().to("meta"))
 
 
 def test_writes_through_data_need_repack():

@@ -13,19 +13,22 @@ configure() { # with nvcc hidden
   env -u CUDA_HOME -u CUDA_PATH PATH=/usr/bin:/bin "$cmake" -S . -B "$build" \
     -DPython_EXECUTABLE="$python" -DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF "$@" >"$build.log" 2>&1
 }
-expect_refusal() { # setting, text
+expect_refusal() { # setting, text, further options
+  local setting=$1 text=$2
+  shift 2
   rm -rf "$build"
-  if configure -DC2C_EXT_CUDA="$1"; then
-    echo "C2C_EXT_CUDA=$1 was accepted" >&2
+  if configure -DC2C_EXT_CUDA="$setting" "$@"; then
+    echo "C2C_EXT_CUDA=$setting was accepted" >&2
     exit 1
   fi
-  tr -s ' \n' ' ' <"$build.log" | grep -q "$2" || {
+  tr -s ' \n' ' ' <"$build.log" | grep -q "$text" || {
     cat "$build.log" >&2
     exit 1
   }
 }
 
 expect_refusal 1 "C2C_EXT_CUDA=1 needs nvcc, and none was found"
+expect_refusal 1 "this version of c2c_ext has no CUDA sources to build" -DC2C_NVCC=/bin/true
 expect_refusal maybe "C2C_EXT_CUDA must be auto, 1 or 0, got 'maybe'"
 for setting in auto 0; do
   rm -rf "$build"

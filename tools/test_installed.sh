@@ -16,11 +16,11 @@ constraints=$(mktemp)
 work=$(mktemp -d)
 trap 'rm -rf "$constraints" "$work"' EXIT
 grep -vE '^(transformers|huggingface_hub)==' constraints.txt >"$constraints"
-export PIP_CONSTRAINT=$constraints
+export PIP_CONSTRAINT=$constraints PIP_BUILD_CONSTRAINT=$constraints
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$root[demo,test]" "$@"
 
 cp -r python_tests pyproject.toml "$work"
 cd "$work"
 "$venv/bin/python" -c "import c2c_ext, torch, transformers as t; \
 print('installed at', c2c_ext.__path__[0]); print('torch', torch.__version__, 'transformers', t.__version__)"
-exec "$venv/bin/python" -m pytest
+"$venv/bin/python" -m pytest

@@ -35,7 +35,8 @@ const Tables& tables() {
 #if defined(C2C_X86_VARIANTS)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("fma")) {
       return C2C_TABLES(avx512);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return C2C_TABLES(avx2);

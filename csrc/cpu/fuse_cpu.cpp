@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 #include <stdexcept>
 
 #include "../ops.h"
@@ -22,7 +23,7 @@ using cpu::RowKernels;
 using torch::headeronly::ScalarType;
 
 // Scratch is bounded: more streams x tokens than fit are done in chunks, streams first, so that
-// every weight is still read once.
+// every weight is read once as long as all tokens of one stream fit.
 constexpr int64_t kScratchBytes = int64_t{128} << 20;
 constexpr int64_t kElementsPerTask = 16384;  // below this a second thread does not pay
 
@@ -129,12 +130,18 @@ class Chunk {
         Activation activation, bool accumulate)
       : s_(sizes), w_(weights), k_(kernels), activation_(activation), accumulate_(accumulate) {}
 
-  int64_t scratch_elements_per_row() const { return layout(1, 1); }
+  int64_t scratch_elements_per_row() const {
+    const auto columns = buffer_columns();
+    return std::accumulate(columns.begin(), columns.end(), int64_t{0});
+  }
 
   void run(const StreamViews* views, int64_t first, int64_t streams, const Row* rows, int64_t count,
            T* scratch) {
     first_ = first, streams_ = streams, count_ = count;
-    layout(streams, count, scratch);
+    for (size_t i = 0; i < buffers().size(); ++i) {
+      *buffers()[i] = scratch;
+      scratch += streams * count * buffer_columns()[i];
+    }
     const int64_t h = s_.hidden, m = s_.inner;
     const HeadShape sharer_shape{s_.sharer_heads, s_.sharer_dim};
     const HeadShape receiver_shape{s_.receiver_heads, s_.receiver_dim};
@@ -160,7 +167,7 @@ class Chunk {
     // head_weight the last two.
     const Matrices<T> y = packed(y_, m + h + h);
     const Matrices<T> z1 = column(y, m), weighting = column(y, m + h);
-    residual_stats(z0, delta, z1, h);
+    residual(z0, delta, z1, true);
 
     const Matrices<T> branches = packed(a_, m + h);
     multiply(branches, z1, w_.branch_w1);
@@ -172,9 +179,10 @@ class Chunk {
     Matrices<T> p = z1;
     for (size_t i = 0; i < w_.deep_w2.size(); ++i) {
       multiply(delta, q, w_.deep_w2[i]);
-      residual_stats(p, delta, column(q, m), h);
+      const bool another_block = i < w_.deep_w1.size();
+      residual(p, delta, column(q, m), another_block);
       p = column(q, m);
-      if (i < w_.deep_w1.size()) {
+      if (another_block) {
         const Matrices<T> inner = packed(a_, m);
         multiply(inner, p, w_.deep_w1[i]);
         scale_activate(inner, q, m);
@@ -198,23 +206,19 @@ class Chunk {
   int64_t receiver_width() const { return s_.receiver_heads * s_.receiver_dim; }
   int64_t input_width() const { return s_.sharer_heads * s_.sharer_dim + receiver_width(); }
 
-  // Lays the buffers out in scratch, if given; returns the elements needed.
-  int64_t layout(int64_t streams, int64_t count, T* scratch = nullptr) const {
+  // Columns of the seven buffers, in the order of `buffers()`.
+  std::array<int64_t, 7> buffer_columns() const {
     const int64_t h = s_.hidden, m = s_.inner;
-    int64_t used = 0;
-    const auto take = [&](T*& pointer, int64_t cols) {
-      if (scratch != nullptr) pointer = scratch + used;
-      used += streams * count * cols;
-    };
-    take(a_, std::max(input_width(), m + h));
-    take(z_, h);
-    take(d_, std::max(receiver_width(), h));
-    take(y_, m + h + h);
-    take(q_, w_.deep_w2.empty() ? 0 : m + h);
-    take(s_heads_, s_.receiver_heads);
-    take(rstd_, 1);
-    return used;
+    const int64_t q = w_.deep_w2.empty() ? 0 : m + h;
+    return {std::max(input_width(), m + h),
+            h,
+            std::max(receiver_width(), h),
+            m + h + h,
+            q,
+            s_.receiver_heads,
+            1};
   }
+  std::array<T**, 7> buffers() { return {&a_, &z_, &d_, &y_, &q_, &s_heads_, &rstd_}; }
 
   Matrices<T> packed(T* data, int64_t cols) const { return {data, count_ * cols, cols}; }
   static Matrices<T> column(const Matrices<T>& x, int64_t first) {
@@ -239,11 +243,12 @@ class Chunk {
                         row(to, g, r), to.row_stride);
     });
   }
-  void residual_stats(const Matrices<T>& z, const Matrices<T>& delta, const Matrices<T>& to,
-                      int64_t cols) const {
-    for_rows(streams_, count_, cols, [&](int64_t g, int64_t r, int64_t n) {
-      k_.residual_stats(row(z, g, r), z.row_stride, row(delta, g, r), n, cols, row(to, g, r),
-                        to.row_stride, rstd(g, r));
+  // to = z + delta, with the statistics of to if a norm follows.
+  void residual(const Matrices<T>& z, const Matrices<T>& delta, const Matrices<T>& to,
+                bool stats) const {
+    for_rows(streams_, count_, s_.hidden, [&](int64_t g, int64_t r, int64_t n) {
+      k_.residual_stats(row(z, g, r), z.row_stride, row(delta, g, r), n, s_.hidden, row(to, g, r),
+                        to.row_stride, stats ? rstd(g, r) : nullptr);
     });
   }
 
@@ -253,8 +258,8 @@ class Chunk {
   Activation activation_;
   bool accumulate_;
   int64_t first_ = 0, streams_ = 0, count_ = 0;
-  mutable T *a_ = nullptr, *z_ = nullptr, *d_ = nullptr, *y_ = nullptr, *q_ = nullptr,
-            *s_heads_ = nullptr, *rstd_ = nullptr;
+  T *a_ = nullptr, *z_ = nullptr, *d_ = nullptr, *y_ = nullptr, *q_ = nullptr, *s_heads_ = nullptr,
+    *rstd_ = nullptr;
 };
 
 template <class T>
