@@ -1,4 +1,9 @@
 // Picks, once, the row kernels compiled for the best instruction set that this CPU runs.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
 #include "row_kernels.h"
 
 namespace c2c::cpu {
@@ -30,16 +35,31 @@ struct Tables {
         float16_kernels_##isa()                                                 \
   }
 
+// C2C_EXT_CPU_ISA in the environment lowers the choice, for tests and for comparing.
+bool allowed(const char* isa) {
+  static const std::string limit = [] {
+    const char* value = std::getenv("C2C_EXT_CPU_ISA");
+    return std::string(value == nullptr ? "" : value);
+  }();
+  if (limit.empty() || limit == "avx512") return true;
+  if (limit == "avx2") return std::strcmp(isa, "avx512") != 0;
+  if (limit == "baseline") return false;
+  throw std::runtime_error("c2c_ext: C2C_EXT_CPU_ISA must be baseline, avx2 or avx512, got " +
+                           limit);
+}
+
 const Tables& tables() {
   static const Tables chosen = [] {
 #if defined(C2C_X86_VARIANTS)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("fma")) {
+    if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
       return C2C_TABLES(avx512);
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return C2C_TABLES(avx2);
+    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+      return C2C_TABLES(avx2);
+    }
 #endif
     return C2C_TABLES(baseline);
   }();
