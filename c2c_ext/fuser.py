@@ -92,7 +92,7 @@ class Fuser(nn.Module):
             for g, group in enumerate(self.groups)
             for i, layer in enumerate(group.layers)
         }
-        self._gradient_hooks: list[RemovableHandle] = []
+        self._watched: dict[int, tuple[Tensor, RemovableHandle]] = {}  # by id
         self._packs: dict[tuple[torch.dtype, torch.device], tuple[Any, Any, PackedFuser]] = {}
 
     def stream(self, layer: int, kind: str, dtype: torch.dtype | None = None) -> StreamWeights:
@@ -157,7 +157,7 @@ class Fuser(nn.Module):
         self._packs.clear()
 
     def _watch_gradients(self) -> None:
-        for handle in self._gradient_hooks:
+        for _, handle in self._watched.values():
             handle.remove()
         own = weakref.ref(self)
 
@@ -166,24 +166,26 @@ class Fuser(nn.Module):
             if fuser is not None:
                 fuser._packs.clear()
 
-        self._gradient_hooks = [
-            p.register_post_accumulate_grad_hook(forget)
+        self._watched = {
+            id(p): (p, p.register_post_accumulate_grad_hook(forget))
             for p in self.parameters()
             if p.requires_grad and p.is_leaf
-        ]
+        }
 
-    def _state(self) -> list[tuple[Tensor, tuple, bool]]:
+    def _state(self) -> list[tuple[Tensor, tuple]]:
         # The parameters themselves: the id of one that was replaced can be given out again.
-        return [(p, _written(p), p.requires_grad) for p in self.parameters()]
+        return [(p, _written(p)) for p in self.parameters()]
 
-    def _unchanged(self, config: FuserConfig, state: list[tuple[Tensor, tuple, bool]]) -> bool:
+    def _unchanged(self, config: FuserConfig, state: list[tuple[Tensor, tuple]]) -> bool:
         parameters = list(self.parameters())
         return (
             config is self.config
             and len(parameters) == len(state)
             and all(
-                known is p and written == _written(p) and (watched or not p.requires_grad)
-                for p, (known, written, watched) in zip(parameters, state, strict=True)
+                known is p
+                and written == _written(p)
+                and (not p.requires_grad or id(p) in self._watched)
+                for p, (known, written) in zip(parameters, state, strict=True)
             )
         )
 
@@ -192,7 +194,7 @@ class Fuser(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packs": {}, "_gradient_hooks": []}
+        return {**self.__dict__, "_packs": {}, "_watched": {}}
 
     def extra_repr(self) -> str:
         c = self.config
@@ -205,7 +207,8 @@ class Fuser(nn.Module):
         """Writes fuser_config.json and fuser.safetensors; each file appears whole or not at all.
 
         Raises:
-            ValueError: a parameter is NaN or infinite; names it. Nothing is written.
+            ValueError: a parameter is missing, surplus, misshapen, NaN or infinite, or the
+                parameters' dtypes differ; names it. Nothing is written.
             NotADirectoryError: ``save_directory`` is an existing file.
         """
         from .serialization import save_fuser

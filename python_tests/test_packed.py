@@ -248,6 +248,24 @@ def test_fused_step_is_seen_whenever_the_form_was_built(looked_at_in_between):
     assert pack(fuser) is pack(fuser)
 
 
+def test_freezing_between_two_dtypes_hides_no_step():
+    fuser = make_fuser()
+    before = pack(fuser, torch.float32).groups[0].in_bias
+    fuser.requires_grad_(False)
+    pack(fuser, torch.float64)
+    fuser.requires_grad_(True)
+    fused_sgd_step(fuser)
+    assert torch.allclose(pack(fuser, torch.float32).groups[0].in_bias, before - 0.1)
+
+
+def test_freezing_and_unfreezing_hides_no_step():
+    fuser = make_fuser()
+    before = pack(fuser).groups[0].in_bias
+    fuser.requires_grad_(False).requires_grad_(True)
+    fused_sgd_step(fuser)
+    assert torch.allclose(pack(fuser).groups[0].in_bias, before - 0.1)
+
+
 def test_new_configuration_is_seen():
     fuser = make_fuser()
     before = pack(fuser)
