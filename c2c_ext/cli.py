@@ -34,15 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     info.add_argument("--fuser", metavar="DIR", help="a fuser directory, ours or a published one")
 
     options = parser.parse_args(arguments)
-    if options.version:
-        from . import __version__
-
-        print(f"c2c_ext {__version__}")
-        return 0
-    if options.command is None:
+    if options.command is None and not options.version:
         parser.error("a command is needed: demo or info")
     try:
-        if options.command == "demo":
+        if options.version:
+            from . import __version__
+
+            print(f"c2c_ext {__version__}")
+            status = 0
+        elif options.command == "demo":
             from .demo.command import run_demo
 
             status = run_demo(
@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, TypeError, OSError) as error:
-        print(f"c2c {options.command}: {error}", file=sys.stderr)
+        name = f"c2c {options.command}" if options.command else "c2c"
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

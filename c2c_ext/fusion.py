@@ -79,13 +79,19 @@ def fuse(
             f"token_map, got {sharer_length}"
         )
 
-    wanted = _in_transform() or (
+    in_transform = _in_transform()
+    wanted = in_transform or (
         torch.is_grad_enabled()
         and (
             any(t.requires_grad for pair in (*receiver, *sharer) for t in pair)
             or any(p.requires_grad for p in fuser.parameters())
         )
     )
+    if in_transform and inplace:
+        raise ValueError(
+            "c2c_ext.fuse: inplace=True cannot be used inside forward-mode AD or a torch.func "
+            "transform, which would not see what is written"
+        )
     if wanted and inplace:
         raise ValueError(
             "c2c_ext.fuse: inplace=True records no gradient, but gradients are enabled and the "

@@ -257,10 +257,16 @@ def _read_state(path: Path, index: int, arguments: Mapping[str, Any]) -> dict[st
                 f"c2c_ext: {file}: {name} must be a tensor of dtype {', '.join(WEIGHT_DTYPES)}, "
                 f"got {getattr(tensor, 'dtype', type(tensor).__name__)}"
             )
-        check_shape(name, tensor.shape, expected[name], str(file))
-        # An expanded tensor is small on disk and huge once it is written out.
-        if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_contiguous():
+        # An expanded tensor is small on disk and huge once it is written out; a nested one has no
+        # shape to ask for.
+        if (
+            tensor.is_nested
+            or tensor.layout != torch.strided
+            or tensor.is_meta
+            or not tensor.is_contiguous()
+        ):
             raise ValueError(f"c2c_ext: {file}: {name} must be a dense, contiguous tensor")
+        check_shape(name, tensor.shape, expected[name], str(file))
     check_finite(state.items(), str(file))
     return state
 

@@ -156,6 +156,12 @@ def replace_pickle(pickled: bytes) -> Callable[[Path], None]:
             change_state(lambda s: s.update({"key_in.bias": torch.ones(24).to_sparse()})),
             r"key_in\.bias must be a dense, contiguous tensor",
         ),
+        (
+            change_state(
+                lambda s: s.update({"key_in.bias": torch.nested.nested_tensor([torch.ones(24)])})
+            ),
+            r"key_in\.bias must be a dense, contiguous tensor",
+        ),
         (truncate, "is not a state dict of plain tensors"),
         (rezip(zipfile.ZIP_DEFLATED), "must be an uncompressed archive"),
         (replace_pickle(b"."), r"the weights_only loader refused it \(\w+\)"),
