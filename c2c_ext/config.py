@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,25 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .layer_map import layer_map as resolve_layer_map
+from .parameters import parameter_shapes
 
 FORMAT_VERSION = 1
 KINDS = ("key", "value")  # of streams
 ACTIVATIONS = ("gelu", "relu", "silu")
+PROJECTIONS = ("mlp", "linear", "transformer")
+READS = ("both", "sharer")
+INTEGRATIONS = ("residual", "interpolation", "replacement")
+# What tells a variant of docs/differences.md from the published architecture.
+VARIANT_FIELDS = (
+    *("activation", "projection", "reads", "integration"),
+    *("kinds", "weighting", "gate", "attention_heads"),
+)
+_CHOICES = {
+    "activation": ACTIVATIONS,
+    "projection": PROJECTIONS,
+    "reads": READS,
+    "integration": INTEGRATIONS,
+}
 # Bounds on what a configuration may ask for: a file from a stranger must not be able to make the
 # loader allocate without limit. Far above any published model.
 MAX_LAYERS = 1024
@@ -163,6 +179,10 @@ class ModelKV:
 class FuserConfig:
     """Everything that fixes a fuser's shape (arXiv 2510.03215, section 3).
 
+    The defaults are the paper's fuser as its code has it. The fields from ``projection`` on select
+    the variants of docs/differences.md; `uncompiled_reason` says which of them the compiled op
+    does not run.
+
     Attributes:
         receiver: the receiver's KV layout.
         sharer: the sharer's KV layout.
@@ -174,6 +194,18 @@ class FuserConfig:
         activation: ``"gelu"`` (exact), ``"relu"`` or ``"silu"``.
         dropout: probability, training only.
         gate_init: initial value of every gate logit; a gate is open iff its logit is > 0.
+        projection: how the projection P comes about. ``"mlp"``: feed-forward blocks, token by
+            token. ``"linear"``: one map without bias, ``P = W c``; no hidden size, depth or
+            activation. ``"transformer"``: causal attention over the sharer's tokens in place of
+            the input map, then the same blocks; ``depth`` 2 is a single Transformer block.
+        reads: what the projection reads: ``"both"`` caches, or the ``"sharer"``'s alone.
+        integration: how the weighted projection joins the receiver's token t. ``"residual"``:
+            ``t + w P``; ``"interpolation"``: ``t + w (P - t)``; ``"replacement"``: ``w P``.
+        kinds: which streams exist: ``("key", "value")``, ``("key",)`` or ``("value",)``. The
+            others keep the receiver's own cache.
+        weighting: dynamic weighting w, one number per token and receiver head; without: w = 1.
+        gate: a gate per stream; without: every stream is always fused.
+        attention_heads: of a ``"transformer"``; divides hidden_size.
         format_version: of fuser_config.json.
     """
 
@@ -186,6 +218,13 @@ class FuserConfig:
     activation: str = "gelu"
     dropout: float = 0.1
     gate_init: float = 1.0
+    projection: str = "mlp"
+    reads: str = "both"
+    integration: str = "residual"
+    kinds: tuple[str, ...] = KINDS
+    weighting: bool = True
+    gate: bool = True
+    attention_heads: int = 8
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -200,21 +239,50 @@ class FuserConfig:
         object.__setattr__(self, "layer_map", tuple(mapped))
         _checked_int(self.hidden_size, "hidden_size", 1, MAX_WIDTH)
         _checked_int(self.intermediate_size, "intermediate_size", 1, MAX_WIDTH)
-        _checked_int(self.depth, "depth", 3, MAX_DEPTH)
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"FuserConfig.activation must be one of {', '.join(ACTIVATIONS)}, "
-                f"got {self.activation!r}"
-            )
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise ValueError(
+                    f"FuserConfig.{name} must be one of {', '.join(known)}, got {value!r:.80}"
+                )
+        _checked_int(self.depth, "depth", 2 if self.projection == "transformer" else 3, MAX_DEPTH)
         dropout = _checked_float(self.dropout, "dropout")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"FuserConfig.dropout must be in [0, 1), got {self.dropout}")
         object.__setattr__(self, "dropout", dropout)
         object.__setattr__(self, "gate_init", _checked_float(self.gate_init, "gate_init"))
+        self._check_variant()
         if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"FuserConfig.format_version must be {FORMAT_VERSION}, got "
                 f"{self.format_version!r}: written by another version of c2c_ext"
+            )
+
+    def _check_variant(self) -> None:
+        kinds = self.kinds
+        if isinstance(kinds, str) or not isinstance(kinds, Sequence) or not kinds:
+            raise ValueError(f"FuserConfig.kinds must be a sequence of kinds, got {kinds!r:.80}")
+        object.__setattr__(self, "kinds", tuple(kinds))
+        if self.kinds not in (KINDS, KINDS[:1], KINDS[1:]):
+            raise ValueError(
+                f"FuserConfig.kinds must be ('key', 'value'), ('key',) or ('value',), got "
+                f"{kinds!r:.80}"
+            )
+        for name in ("weighting", "gate"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(
+                    f"FuserConfig.{name} must be true or false, got {getattr(self, name)!r:.80}"
+                )
+        _checked_int(self.attention_heads, "attention_heads", 1, MAX_WIDTH)
+        if self.projection == "transformer" and self.hidden_size % self.attention_heads:
+            raise ValueError(
+                f"FuserConfig.attention_heads must divide hidden_size {self.hidden_size}, got "
+                f"{self.attention_heads}"
+            )
+        if self.projection == "linear" and self.weighting:
+            raise ValueError(
+                "FuserConfig.weighting must be False with projection 'linear', which has no hidden "
+                "state to weigh from"
             )
 
     @classmethod
@@ -230,6 +298,13 @@ class FuserConfig:
         activation: str = "gelu",
         dropout: float = 0.1,
         gate_init: float = 1.0,
+        projection: str = "mlp",
+        reads: str | None = None,
+        integration: str = "residual",
+        kinds: Sequence[str] = KINDS,
+        weighting: bool | None = None,
+        gate: bool = True,
+        attention_heads: int = 8,
     ) -> FuserConfig:
         """Configuration of a fuser between two transformers models, from their configurations.
 
@@ -238,6 +313,9 @@ class FuserConfig:
             sharer_config: the sharer's.
             layer_map: a strategy of `c2c_ext.layer_map` or one sharer layer per receiver layer.
             intermediate_size: defaults to ``hidden_size``.
+            reads: defaults to ``"sharer"`` with a linear projection, else to ``"both"``.
+            weighting: defaults to False with a linear projection, else to True.
+            hidden_size, depth, activation, ...: see `FuserConfig`.
 
         Raises:
             ValueError: a model whose cache has no plain keys and values, or a value out of range.
@@ -253,6 +331,13 @@ class FuserConfig:
             activation=activation,
             dropout=dropout,
             gate_init=gate_init,
+            projection=projection,
+            reads=("sharer" if projection == "linear" else "both") if reads is None else reads,
+            integration=integration,
+            kinds=tuple(kinds) if isinstance(kinds, list | tuple) else kinds,
+            weighting=projection != "linear" if weighting is None else weighting,
+            gate=gate,
+            attention_heads=attention_heads,
         )
 
     def layer_shapes(self, layer: int) -> tuple[KVShape, KVShape]:
@@ -268,15 +353,21 @@ class FuserConfig:
 
     def num_parameters(self) -> int:
         """Parameters of a fuser with this configuration, gates included."""
-        h, m, total = self.hidden_size, self.intermediate_size, 0
-        for layer in range(len(self.layer_map)):
-            sharer, receiver = self.layer_shapes(layer)
-            blocks = (self.depth - 1) * (h + 2 * m * h) + h + 2 * h * h
-            ends = (sharer.width + receiver.width + 1) * h + (
-                receiver.width + receiver.num_heads
-            ) * (h + 1)
-            total += 2 * (blocks + ends + 1)
-        return total
+        return sum(math.prod(shape) for _, shape in parameter_shapes(self))
+
+    def variant(self) -> dict[str, Any]:
+        """The fields by which this fuser differs from the published architecture; often empty."""
+        names = [f.name for f in fields(self) if f.name in VARIANT_FIELDS]
+        default = {f.name: f.default for f in fields(self)}
+        if self.projection != "transformer":
+            names.remove("attention_heads")
+        return {n: getattr(self, n) for n in names if getattr(self, n) != default[n]}
+
+    def uncompiled_reason(self) -> str | None:
+        """Why `c2c_ext.reference` runs this fuser; None if the compiled op does."""
+        if self.projection == "mlp":
+            return None
+        return f"projection={self.projection!r} has no compiled kernels"
 
     def mismatches(
         self, receiver: ModelKV | None = None, sharer: ModelKV | None = None
@@ -314,7 +405,7 @@ class FuserConfig:
         """The text of fuser_config.json."""
         data = asdict(self)
         data["receiver"], data["sharer"] = self.receiver.to_dict(), self.sharer.to_dict()
-        data["layer_map"] = list(self.layer_map)
+        data["layer_map"], data["kinds"] = list(self.layer_map), list(self.kinds)
         return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -345,6 +436,8 @@ class FuserConfig:
         if not isinstance(data["layer_map"], list):
             raise ValueError(f"FuserConfig.layer_map must be a list, got {data['layer_map']!r}")
         values["layer_map"] = tuple(data["layer_map"])
+        if not isinstance(data.get("kinds", []), list):
+            raise ValueError(f"FuserConfig.kinds must be a list, got {data['kinds']!r:.80}")
         return cls(**values)
 
 

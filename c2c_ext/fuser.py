@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .config import KINDS, FuserConfig, KVShape
+from .config import FuserConfig, KVShape
 from .packed import PackedFuser, pack_fuser
-from .reference import BlockWeights, StreamWeights
+from .parameters import group_parameter_shapes
+from .reference import AttentionWeights, BlockWeights, StreamWeights
 
 
 class FuserGroup(nn.Module):
     """Parameters of all streams of one shape group, stacked along dim 0.
 
-    Stream ``2 * i + k`` belongs to the group's i-th layer; k = 0 for keys, 1 for values.
+    The streams are those of the group's first layer, then of its second and so on; within a layer
+    one per kind of ``config.kinds``. Which parameters exist depends on the variant (see
+    `c2c_ext.parameters`).
     """
 
     def __init__(self, config: FuserConfig, layers: list[int]) -> None:
         super().__init__()
         self.layers = tuple(layers)
+        self.kinds = config.kinds
         sharer, receiver = config.layer_shapes(layers[0])
         self.sharer_shape: KVShape = sharer
         self.receiver_shape: KVShape = receiver
@@ -48,22 +52,42 @@ class FuserGroup(nn.Module):
     def stream(self, index: int, dtype: torch.dtype | None = None) -> StreamWeights:
         """Views of stream ``index`` (position in this group), optionally cast."""
 
-        def at(parameter: Tensor) -> Tensor:
+        def at(name: str) -> Tensor | None:
+            parameter = getattr(self, name, None)
+            if parameter is None:
+                return None
             return parameter[index].to(dtype) if dtype is not None else parameter[index]
 
-        proj_norm, proj_w1, proj_w2 = at(self.proj_norm), at(self.proj_w1), at(self.proj_w2)
+        def block(name: str) -> BlockWeights | None:
+            parts = [at(f"{name}_{part}") for part in ("norm", "w1", "w2")]
+            return None if parts[0] is None else BlockWeights(*parts)
+
+        proj = [at(f"proj_{part}") for part in ("norm", "w1", "w2")]
+        attention = {f.name: at(f.name) for f in fields(AttentionWeights)}
         return StreamWeights(
-            in_weight=at(self.in_weight),
-            in_bias=at(self.in_bias),
-            shared=BlockWeights(at(self.shared_norm), at(self.shared_w1), at(self.shared_w2)),
-            proj=[BlockWeights(*ws) for ws in zip(proj_norm, proj_w1, proj_w2, strict=True)],
-            out_weight=at(self.out_weight),
-            out_bias=at(self.out_bias),
-            weight=BlockWeights(at(self.weight_norm), at(self.weight_w1), at(self.weight_w2)),
-            head_weight=at(self.head_weight),
-            head_bias=at(self.head_bias),
-            gate_logit=at(self.gate_logit),
+            in_weight=at("in_weight"),
+            in_bias=at("in_bias"),
+            shared=block("shared"),
+            proj=[] if proj[0] is None else [BlockWeights(*w) for w in zip(*proj, strict=True)],
+            out_weight=at("out_weight"),
+            out_bias=at("out_bias"),
+            weight=block("weight"),
+            head_weight=at("head_weight"),
+            head_bias=at("head_bias"),
+            gate_logit=at("gate_logit"),
+            attention=None if attention["query_norm"] is None else AttentionWeights(**attention),
         )
+
+    def open_streams(self) -> list[int]:
+        """Indices of the streams whose gate is open. Syncs with the host."""
+        count = len(self.layers) * len(self.kinds)
+        if not hasattr(self, "gate_logit"):
+            return list(range(count))
+        return [g for g, is_open in enumerate((self.gate_logit > 0).tolist()) if is_open]
+
+    def place(self, stream: int) -> tuple[int, str]:
+        """(receiver layer, kind) of a stream."""
+        return self.layers[stream // len(self.kinds)], self.kinds[stream % len(self.kinds)]
 
 
 class Fuser(nn.Module):
@@ -110,18 +134,19 @@ class Fuser(nn.Module):
             raise ValueError(
                 f"Fuser.stream: layer must be in 0..{len(self._place) - 1}, got {layer}"
             )
-        if kind not in KINDS:
-            raise ValueError(f"Fuser.stream: kind must be 'key' or 'value', got {kind!r}")
+        kinds = self.config.kinds
+        if kind not in kinds:
+            known = " or ".join(map(repr, kinds))
+            raise ValueError(f"Fuser.stream: kind must be {known}, got {kind!r}")
         group, index = self._place[layer]
-        return self.groups[group].stream(2 * index + KINDS.index(kind), dtype)
+        return self.groups[group].stream(len(kinds) * index + kinds.index(kind), dtype)
 
     def open_streams(self) -> list[tuple[int, str]]:
-        """(receiver layer, kind) of every stream whose gate logit is > 0. Syncs with the host."""
-        is_open = {}
-        for group in self.groups:
-            for stream, flag in enumerate((group.gate_logit > 0).tolist()):
-                is_open[group.layers[stream // 2], KINDS[stream % 2]] = flag
-        return [stream for stream in sorted(is_open) if is_open[stream]]
+        """(receiver layer, kind) of every open stream: its gate logit is > 0, or it has no gate.
+
+        Syncs with the host.
+        """
+        return sorted(group.place(g) for group in self.groups for g in group.open_streams())
 
     def packed(self, dtype: torch.dtype, device: torch.device) -> PackedFuser:
         """The packed form for caches of ``dtype`` on ``device``; rebuilt when stale.
@@ -131,6 +156,7 @@ class Fuser(nn.Module):
 
         Raises:
             RuntimeError: inside `torch.compile` before the packed form was built.
+            ValueError: a variant that the compiled op does not run.
         """
         key = (dtype, device)
         if torch.compiler.is_compiling():
@@ -198,10 +224,13 @@ class Fuser(nn.Module):
 
     def extra_repr(self) -> str:
         c = self.config
-        return (
-            f"{c.sharer.model_type or '?'} -> {c.receiver.model_type or '?'}, "
-            f"{2 * len(c.layer_map)} streams, hidden_size={c.hidden_size}, depth={c.depth}"
-        )
+        parts = [
+            f"{c.sharer.model_type or '?'} -> {c.receiver.model_type or '?'}",
+            f"{len(c.kinds) * len(c.layer_map)} streams",
+        ]
+        if c.projection != "linear":
+            parts += [f"hidden_size={c.hidden_size}", f"depth={c.depth}"]
+        return ", ".join([*parts, *(f"{name}={v!r}" for name, v in c.variant().items())])
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes fuser_config.json and fuser.safetensors; each file appears whole or not at all.
@@ -254,34 +283,3 @@ class Fuser(nn.Module):
 def _written(p: Tensor) -> tuple:
     """Version and place of a parameter: changes with any write that autograd tracks."""
     return (-1 if p.is_inference() else p._version, p.data_ptr(), p.dtype, p.device)
-
-
-def group_parameter_shapes(config: FuserConfig, layers: list[int]) -> dict[str, tuple[int, ...]]:
-    """Parameter name -> shape of the shape group that holds ``layers``; dim 0 is the stream."""
-    sharer, receiver = config.layer_shapes(layers[0])
-    g, h, m, p = 2 * len(layers), config.hidden_size, config.intermediate_size, config.depth - 2
-    return {
-        "in_weight": (g, h, sharer.width + receiver.width),
-        "in_bias": (g, h),
-        "shared_norm": (g, h),
-        "shared_w1": (g, m, h),
-        "shared_w2": (g, h, m),
-        "proj_norm": (g, p, h),
-        "proj_w1": (g, p, m, h),
-        "proj_w2": (g, p, h, m),
-        "out_weight": (g, receiver.width, h),
-        "out_bias": (g, receiver.width),
-        "weight_norm": (g, h),
-        "weight_w1": (g, h, h),
-        "weight_w2": (g, h, h),
-        "head_weight": (g, receiver.num_heads, h),
-        "head_bias": (g, receiver.num_heads),
-        "gate_logit": (g,),
-    }
-
-
-def parameter_shapes(config: FuserConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(state-dict name, shape) of every parameter, without allocating any."""
-    for g, layers in enumerate(config.shape_groups()):
-        for name, shape in group_parameter_shapes(config, layers).items():
-            yield f"groups.{g}.{name}", shape

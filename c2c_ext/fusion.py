@@ -30,7 +30,8 @@ def fuse(
     """Fuses tokens ``start .. end - 1`` of a receiver's cache with a sharer's (arXiv 2510.03215).
 
     All streams are fused from the two caches as they stand (post-RoPE keys). On the CPU the
-    compiled op runs; other devices, and calls that need gradients, go through the slower
+    compiled op runs; other devices, variants without compiled kernels
+    (`FuserConfig.uncompiled_reason`) and calls that need gradients go through the slower
     `c2c_ext.reference`: call it under `torch.no_grad` (or freeze the fuser) where you need none.
     Gates are hard: open iff their logit is > 0. Under `torch.compile` the packed form of the last
     eager call is used; see `Fuser.packed`.
@@ -98,7 +99,7 @@ def fuse(
             "fuser or a cache requires them; call it under torch.no_grad()"
         )
     sharer_view = sharer if token_map is not None else _window(sharer, start, end)
-    if wanted or first.device.type != "cpu":
+    if wanted or first.device.type != "cpu" or config.uncompiled_reason() is not None:
         _check_fuser_device(fuser, first)
         base = _window(receiver, start, end)
         fused = reference.fuse(base, sharer_view, fuser, token_map=token_map)

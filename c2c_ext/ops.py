@@ -42,10 +42,10 @@ def group_arguments(
     base: Sequence[tuple[Tensor, Tensor]],
     sharer: Sequence[tuple[Tensor, Tensor]],
     token_map: Tensor | None,
-    activation: str,
+    packed: PackedFuser,
     accumulate: bool,
 ) -> tuple:
-    """The positional arguments of ``torch.ops.c2c.fuse_`` for one shape group."""
+    """The positional arguments of ``torch.ops.c2c.fuse_`` for one shape group of ``packed``."""
     return (
         [key for key, _ in out],
         [value for _, value in out],
@@ -57,7 +57,10 @@ def group_arguments(
         group.layers,
         group.sources,
         group.num_keys,
-        group.sharer_heads,
+        group.sharer_shape.num_heads,
+        group.sharer_shape.head_dim,
+        group.receiver_shape.num_heads,
+        group.receiver_shape.head_dim,
         group.in_weight,
         group.in_bias,
         group.w1,
@@ -69,7 +72,8 @@ def group_arguments(
         group.out_bias,
         group.head_weight,
         group.head_bias,
-        activation,
+        packed.activation,
+        packed.integration,
         accumulate,
     )
 
@@ -94,12 +98,12 @@ def fuse_(
         packed: the fuser's packed form for the caches' dtype and device.
         token_map: int64 ``[N]`` or ``[B, N]``; values outside ``0 .. S-1`` leave the token
             as it is.
-        accumulate: ``out += gate * w * P`` in place of ``out = base + gate * w * P``.
+        accumulate: ``out += fused - base`` in place of ``out = fused``.
 
     Raises:
         RuntimeError: an argument breaks a rule; the message names argument, rule and numbers.
     """
     for group in packed.groups:
         torch.ops.c2c.fuse_(
-            *group_arguments(group, out, base, sharer, token_map, packed.activation, accumulate)
+            *group_arguments(group, out, base, sharer, token_map, packed, accumulate)
         )

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .config import KINDS, KVShape
+
 if TYPE_CHECKING:
     from .fuser import Fuser, FuserGroup
 
@@ -24,20 +26,22 @@ class PackedGroup:
     layers: list[int]  # receiver layer of each stream
     sources: list[int]  # sharer layer of each stream
     num_keys: int
-    sharer_heads: int
-    in_weight: Tensor  # [G, hidden, sharer width + receiver width]
+    sharer_shape: KVShape
+    receiver_shape: KVShape
+    in_weight: Tensor  # [G, hidden, sharer width + receiver width], or sharer width alone
     in_bias: Tensor  # [G, hidden]
     w1: Tensor  # [G, inner, hidden], shared block
     w2: Tensor  # [G, hidden, inner]
-    branch_w1: Tensor  # [G, inner + hidden, hidden]: first projection block, then weighting
+    branch_w1: Tensor  # [G, inner + hidden, hidden]: first projection block, then weighting;
+    # [G, inner, hidden] without weighting
     deep_w2: list[Tensor]  # [G, hidden, inner] of every projection block that is not folded
     deep_w1: list[Tensor]  # [G, inner, hidden] of every projection block but the first
     out_weight: (
         Tensor  # [G, width, inner + hidden] if the last W2 is folded, else [G, width, hidden]
     )
     out_bias: Tensor  # [G, width]
-    head_weight: Tensor  # [G, heads, hidden + hidden], reads [z1 ; act]
-    head_bias: Tensor  # [G, heads]
+    head_weight: Tensor  # [G, heads, hidden + hidden], reads [z1 ; act]; [G, 0, 0] without
+    head_bias: Tensor  # [G, heads]; [G, 0] without
 
     def tensors(self) -> list[Tensor]:
         """All weights."""
@@ -54,6 +58,7 @@ class PackedFuser:
 
     groups: list[PackedGroup]
     activation: str
+    integration: str
 
     @property
     def nbytes(self) -> int:
@@ -76,8 +81,12 @@ def pack_fuser(fuser: Fuser, dtype: torch.dtype, device: torch.device) -> Packed
     """Folds and stacks the open streams of ``fuser`` for caches of ``dtype`` on ``device``.
 
     Raises:
-        ValueError: the fuser has no numbers yet (a parameter is on the meta device).
+        ValueError: the fuser has no numbers yet (a parameter is on the meta device), or is a
+            variant that the compiled op does not run.
     """
+    reason = fuser.config.uncompiled_reason()
+    if reason is not None:
+        raise ValueError(f"c2c_ext: this fuser has no packed form: {reason}")
     for name, parameter in fuser.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"c2c_ext: fuser must hold numbers, its {name} is on the meta device")
@@ -90,20 +99,19 @@ def pack_fuser(fuser: Fuser, dtype: torch.dtype, device: torch.device) -> Packed
                 groups.append(
                     _pack_group(fuser, group, streams, compute_dtype(dtype, device), device)
                 )
-    return PackedFuser(groups, fuser.config.activation)
+    return PackedFuser(groups, fuser.config.activation, fuser.config.integration)
 
 
 def _open_streams(group: FuserGroup) -> list[int]:
     """Indices of the group's open streams, keys first."""
-    is_open = (group.gate_logit > 0).tolist()
-    return [g for kind in (0, 1) for g in range(kind, len(is_open), 2) if is_open[g]]
+    return sorted(group.open_streams(), key=lambda g: KINDS.index(group.place(g)[1]))
 
 
 def _pack_group(
     fuser: Fuser, group: FuserGroup, streams: list[int], dtype: torch.dtype, device: torch.device
 ) -> PackedGroup:
     config = fuser.config
-    layers = [group.layers[g // 2] for g in streams]
+    layers, kinds = zip(*(group.place(g) for g in streams), strict=True)
     stacked: dict[str, Tensor] = {}
     for i, g in enumerate(streams):  # one at a time: only one stream's float64 copies are alive
         for name, tensor in _fold_stream(group, g).items():
@@ -116,10 +124,11 @@ def _pack_group(
         return [stacked[key] for key in sorted(stacked) if key.startswith(name)]
 
     return PackedGroup(
-        layers=layers,
+        layers=list(layers),
         sources=[config.layer_map[layer] for layer in layers],
-        num_keys=sum(g % 2 == 0 for g in streams),
-        sharer_heads=group.sharer_shape.num_heads,
+        num_keys=kinds.count("key"),
+        sharer_shape=group.sharer_shape,
+        receiver_shape=group.receiver_shape,
         deep_w2=series("deep_w2."),
         deep_w1=series("deep_w1."),
         **{name: t for name, t in stacked.items() if not name.startswith("deep_")},
@@ -140,12 +149,16 @@ def _fold_stream(group: FuserGroup, index: int) -> dict[str, Tensor]:
         "in_bias": w.in_bias,
         "w1": w.shared.w1 * w.shared.norm,
         "w2": w.shared.w2,
-        "branch_w1": torch.cat([first.w1 * first.norm, w.weight.w1 * w.weight.norm]),
+        "branch_w1": first.w1 * first.norm,
         "out_weight": out_weight,
         "out_bias": w.out_bias,
-        "head_weight": torch.cat([w.head_weight, w.head_weight @ w.weight.w2], dim=1),
-        "head_bias": w.head_bias,
+        "head_weight": w.out_bias.new_empty(0, 0),
+        "head_bias": w.out_bias.new_empty(0),
     }
+    if w.weight is not None:
+        folded["branch_w1"] = torch.cat([folded["branch_w1"], w.weight.w1 * w.weight.norm])
+        folded["head_weight"] = torch.cat([w.head_weight, w.head_weight @ w.weight.w2], dim=1)
+        folded["head_bias"] = w.head_bias
     folded.update({f"deep_w2.{i:03d}": w2 for i, w2 in enumerate(deep_w2)})
     folded.update({f"deep_w1.{i:03d}": b.w1 * b.norm for i, b in enumerate(w.proj[1:])})
     return folded

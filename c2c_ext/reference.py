@@ -1,7 +1,8 @@
 """The plain PyTorch statement of cache fusion: oracle for tests, baseline for benchmarks.
 
 Differentiable, any device and floating dtype. Formulas: arXiv 2510.03215, section 3, as the
-published code computes them. The compiled op computes the same function from folded weights.
+published code computes them; variants as in docs/differences.md. The compiled op computes
+the same function from folded weights.
 """
 
 from __future__ import annotations
@@ -38,19 +39,36 @@ class BlockWeights:
 
 
 @dataclass
-class StreamWeights:
-    """The weights of one stream: keys or values of one receiver layer."""
+class AttentionWeights:
+    """Attention of a ``"transformer"`` projection over the sharer's tokens."""
 
-    in_weight: Tensor  # [hidden, sharer width + receiver width]
-    in_bias: Tensor  # [hidden]
-    shared: BlockWeights
+    source_weight: Tensor  # [hidden, sharer width]
+    source_bias: Tensor  # [hidden]
+    query_norm: Tensor  # [hidden]
+    source_norm: Tensor  # [hidden]
+    query_weight: Tensor  # [hidden, hidden]
+    key_weight: Tensor  # [hidden, hidden]
+    value_weight: Tensor  # [hidden, hidden]
+    merge_weight: Tensor  # [hidden, hidden]
+
+
+@dataclass
+class StreamWeights:
+    """The weights of one stream, keys or values of one receiver layer; None: it has none such."""
+
+    # [hidden, sharer width + receiver width]; the sharer's alone if it reads nothing else;
+    # transformer: the receiver's alone
+    in_weight: Tensor | None
+    in_bias: Tensor | None  # [hidden]
+    shared: BlockWeights | None
     proj: list[BlockWeights]  # depth - 2 of them
-    out_weight: Tensor  # [receiver width, hidden]
-    out_bias: Tensor  # [receiver width]
-    weight: BlockWeights  # dynamic weighting; inner width is hidden
-    head_weight: Tensor  # [receiver heads, hidden]
-    head_bias: Tensor  # [receiver heads]
-    gate_logit: Tensor  # []
+    out_weight: Tensor  # [receiver width, hidden]; linear: [receiver width, width of what is read]
+    out_bias: Tensor | None  # [receiver width]
+    weight: BlockWeights | None  # dynamic weighting; inner width is hidden
+    head_weight: Tensor | None  # [receiver heads, hidden]
+    head_bias: Tensor | None  # [receiver heads]
+    gate_logit: Tensor | None  # []
+    attention: AttentionWeights | None
 
 
 def feed_forward(z: Tensor, w: BlockWeights, activation: str, dropout: float = 0.0) -> Tensor:
@@ -58,6 +76,41 @@ def feed_forward(z: Tensor, w: BlockWeights, activation: str, dropout: float = 0
     normed = F.rms_norm(z, (z.shape[-1],), w.norm, RMS_EPS)
     inner = ACTIVATION_FUNCTIONS[activation](F.linear(normed, w.w1))
     return z + F.dropout(F.linear(inner, w.w2), dropout)
+
+
+def attend(
+    s: Tensor, t: Tensor | None, w: StreamWeights, heads: int, mapped: Tensor | None
+) -> Tensor:
+    """The first hidden state of a ``"transformer"`` projection: causal attention to the sharer.
+
+    Token n asks the sharer's tokens that are aligned to receiver tokens 0 .. n, so what a token
+    becomes does not depend on later ones; receiver tokens without a sharer token are not asked.
+
+    Args:
+        s: ``[B, N, sharer width]``, aligned token by token.
+        t: ``[B, N, receiver width]``, what asks; None: the sharer's own tokens do.
+        w: the stream's weights.
+        heads: of the attention.
+        mapped: bool ``[B, N]``, which tokens have a sharer token; None: all.
+
+    Returns:
+        ``[B, N, hidden]``.
+    """
+    a = w.attention
+    source = F.linear(s, a.source_weight, a.source_bias)
+    x = source if t is None else F.linear(t, w.in_weight, w.in_bias)
+    normed = F.rms_norm(source, (source.shape[-1],), a.source_norm, RMS_EPS)
+    query = F.linear(F.rms_norm(x, (x.shape[-1],), a.query_norm, RMS_EPS), a.query_weight)
+    key, value = F.linear(normed, a.key_weight), F.linear(normed, a.value_weight)
+    n = x.shape[1]
+    allowed = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+    if mapped is not None:
+        # Every token may ask itself, or a row without any would be NaN; its result is not used.
+        itself = torch.eye(n, dtype=torch.bool, device=x.device)
+        allowed = (allowed & mapped[:, None, None, :]) | itself
+    query, key, value = (z.unflatten(2, (heads, -1)).transpose(1, 2) for z in (query, key, value))
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+    return x + F.linear(_flatten_heads(attended), a.merge_weight)
 
 
 def fuse_stream(
@@ -68,29 +121,49 @@ def fuse_stream(
     *,
     activation: str = "gelu",
     dropout: float = 0.0,
+    reads: str = "both",
+    integration: str = "residual",
+    attention_heads: int = 8,
+    mapped: Tensor | None = None,
 ) -> Tensor:
-    """``base + gate * sigmoid(weighting) * projection`` for one stream.
+    """One stream: projection P, dynamic weighting w, gate; by default ``base + gate * w * P``.
 
     Args:
         w: the stream's weights.
         sharer: ``[B, Hs, N, Ds]``, the sharer's keys or values, token by token aligned to `base`.
         base: ``[B, Ht, N, Dt]``, the receiver's.
         gate: broadcastable to ``[B, Ht, N, 1]``.
+        activation, dropout, reads, integration, attention_heads: see `FuserConfig`.
+        mapped: bool ``[B, N]``, which tokens have a sharer token; only a transformer asks.
 
     Returns:
         ``[B, Ht, N, Dt]``.
     """
     batch, heads, tokens, dim = base.shape
-    c = torch.cat([_flatten_heads(sharer), _flatten_heads(base)], dim=-1)
-    z = feed_forward(F.linear(c, w.in_weight, w.in_bias), w.shared, activation, dropout)
-    p = z
-    for block in w.proj:
-        p = feed_forward(p, block, activation, dropout)
+    s, t = _flatten_heads(sharer), _flatten_heads(base)
+    read = torch.cat([s, t], dim=-1) if reads == "both" else s
+    weighting: Tensor | float = 1.0
+    if w.shared is None:
+        p = read
+    else:
+        if w.attention is None:
+            z = F.linear(read, w.in_weight, w.in_bias)
+        else:
+            z = attend(s, t if reads == "both" else None, w, attention_heads, mapped)
+        p = z = feed_forward(z, w.shared, activation, dropout)
+        for block in w.proj:
+            p = feed_forward(p, block, activation, dropout)
+        if w.weight is not None:
+            a = feed_forward(z, w.weight, activation, dropout)
+            weighting = torch.sigmoid(F.linear(a, w.head_weight, w.head_bias))  # [B, N, Ht]
+            weighting = weighting.transpose(1, 2).unsqueeze(-1)
     projected = F.linear(p, w.out_weight, w.out_bias)
-    a = feed_forward(z, w.weight, activation, dropout)
-    weighting = torch.sigmoid(F.linear(a, w.head_weight, w.head_bias))  # [B, N, Ht]
     projected = projected.view(batch, tokens, heads, dim).transpose(1, 2)
-    return base + gate * weighting.transpose(1, 2).unsqueeze(-1) * projected
+    if integration == "residual":
+        return base + gate * weighting * projected
+    if integration == "interpolation":
+        return base + gate * weighting * (projected - base)
+    return (1 - gate) * base + gate * weighting * projected
 
 
 def soft_gate(logit: Tensor, u: Tensor, temperature: float) -> Tensor:
@@ -132,18 +205,33 @@ def fuse(
     Returns:
         one (key, value) per receiver layer, shapes as ``receiver_kv``.
     """
+    config = fuser.config
+    if gates is not None and not config.gate:
+        raise ValueError("c2c_ext: gates must not be given for a fuser without gates (gate=False)")
     fused = []
     for layer, base_pair in enumerate(receiver_kv):
-        source_pair = sharer_kv[fuser.config.layer_map[layer]]
+        source_pair = sharer_kv[config.layer_map[layer]]
         outs = []
         for kind, base, source in zip(KINDS, base_pair, source_pair, strict=True):
+            if kind not in config.kinds:
+                outs.append(base)
+                continue
             w = fuser.stream(layer, kind, dtype=base.dtype)
             aligned, mapped = _align(source, token_map, base)
             gate = base.new_ones(()) if gates is None else gates[layer][KINDS.index(kind)]
             out = fuse_stream(
-                w, aligned, base, gate, activation=fuser.config.activation, dropout=dropout
+                w,
+                aligned,
+                base,
+                gate,
+                activation=config.activation,
+                dropout=dropout,
+                reads=config.reads,
+                integration=config.integration,
+                attention_heads=config.attention_heads,
+                mapped=None if mapped is None else mapped[:, 0, :, 0],
             )
-            if gates is None:
+            if gates is None and config.gate:
                 # Chosen, not multiplied: a closed stream keeps its bits. The logit as it is, since
                 # a small one is 0 in half precision.
                 out = torch.where(fuser.stream(layer, kind).gate_logit > 0, out, base)

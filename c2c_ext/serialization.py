@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import FuserConfig
+from .config import VARIANT_FIELDS, FuserConfig
+from .parameters import parameter_shapes
 
 if TYPE_CHECKING:
     from .fuser import Fuser
@@ -61,8 +62,6 @@ def save_fuser(fuser: Fuser, directory: str | os.PathLike) -> None:
 
 def check_parameters(config: FuserConfig, tensors: dict[str, Tensor]) -> None:
     """Raises ValueError unless `load_fuser` would take these parameters back."""
-    from .fuser import parameter_shapes
-
     expected = dict(parameter_shapes(config))
     check_names(tensors, expected, "the fuser")
     for name, tensor in tensors.items():
@@ -78,7 +77,7 @@ def check_parameters(config: FuserConfig, tensors: dict[str, Tensor]) -> None:
 
 def load_fuser(directory: str | os.PathLike) -> Fuser:
     """Reads a fuser directory; see `Fuser.from_pretrained`."""
-    from .fuser import Fuser, parameter_shapes
+    from .fuser import Fuser
 
     path = existing_directory(directory)
     config = FuserConfig.from_dict(read_json(path / CONFIG_NAME))
@@ -214,10 +213,14 @@ def write_atomically(files: Mapping[Path, Callable[[str], Any]]) -> None:
 
 
 def _fingerprint(config: FuserConfig) -> str:
-    """Hash of what the weights depend on: shapes, layer map, depth, activation."""
+    """Hash of what the weights depend on: shapes, layer map, depth, activation, variant."""
     data = json.loads(config.to_json())
     for side in ("receiver", "sharer"):
         data[side] = data[side]["kv_layers"]
     for training_only in ("dropout", "gate_init"):
         del data[training_only]
+    # Fields of variants count only where they are used, so that a file written before a field
+    # existed keeps its hash.
+    for name in set(VARIANT_FIELDS) - set(config.variant()) - {"activation"}:
+        del data[name]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -11,6 +11,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
+constexpr int64_t kMaxWidth = int64_t{1} << 31;  // so that a product of two sizes fits 64 bits
+
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
@@ -215,8 +217,8 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
                     const std::vector<Tensor>& sharer_keys,
                     const std::vector<Tensor>& sharer_values,
                     const std::optional<Tensor>& token_map, const std::vector<int64_t>& layers,
-                    const std::vector<int64_t>& sources, int64_t num_keys, int64_t sharer_heads,
-                    const PackedWeights& w) {
+                    const std::vector<int64_t>& sources, int64_t num_keys, KVShape sharer_shape,
+                    KVShape receiver_shape, const PackedWeights& w) {
   const auto receiver_layers = static_cast<int64_t>(base_keys.size());
   const auto sharer_layers = static_cast<int64_t>(sharer_keys.size());
   const auto check_length = [](const char* name, const auto& list, int64_t expected,
@@ -232,7 +234,15 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
   const auto g = static_cast<int64_t>(layers.size());
   check_length("sources", sources, g, "one per stream, as layers");
   if (num_keys < 0 || num_keys > g) fail("num_keys must be in 0..", g, ", got ", num_keys);
-  if (sharer_heads < 1) fail("sharer_heads must be at least 1, got ", sharer_heads);
+  const auto check_size = [](const char* name, int64_t value) {
+    if (value < 1 || value > kMaxWidth) {
+      fail(name, " must be in 1..", kMaxWidth, ", got ", value);
+    }
+  };
+  check_size("sharer_heads", sharer_shape.heads);
+  check_size("sharer_dim", sharer_shape.dim);
+  check_size("receiver_heads", receiver_shape.heads);
+  check_size("receiver_dim", receiver_shape.dim);
 
   FuseCall call{};
   FuseSizes& s = call.sizes;
@@ -256,24 +266,15 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
   // Sizes from the weights.
   check_rank("in_weight", w.in_weight, 3);
   check_rank("w1", w.w1, 3);
-  check_rank("out_bias", w.out_bias, 2);
   check_rank("head_bias", w.head_bias, 2);
   s.hidden = w.in_weight.size(1);
   s.inner = w.w1.size(1);
-  s.receiver_heads = w.head_bias.size(1);
-  const int64_t width = w.out_bias.size(1);
-  const int64_t sharer_width = w.in_weight.size(2) - width;
-  if (s.receiver_heads < 1 || width % s.receiver_heads != 0) {
-    fail("out_bias dim 1 must be a multiple of the receiver heads (", s.receiver_heads, "), got ",
-         width);
-  }
-  if (sharer_width < 1 || sharer_width % sharer_heads != 0) {
-    fail("in_weight dim 2 less the receiver width must be a positive multiple of sharer_heads (",
-         sharer_heads, "), got ", sharer_width);
-  }
-  s.receiver_dim = width / s.receiver_heads;
-  s.sharer_heads = sharer_heads;
-  s.sharer_dim = sharer_width / sharer_heads;
+  s.sharer = sharer_shape;
+  s.receiver = receiver_shape;
+  s.reads_receiver = w.in_weight.size(2) != s.sharer.width();
+  const bool weighted = w.head_bias.size(1) != 0;
+  s.weighting = weighted ? s.hidden : 0;
+  const int64_t width = s.receiver.width();
 
   // Caches.
   const bool first_is_key = num_keys > 0;
@@ -303,15 +304,15 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
       check_rank(name, *tensor, 4);
       check_like(name, *tensor, first, first_name);
       check_dim(name, *tensor, 0, "batch", s.batch, first_name.c_str());
-      check_dim(name, *tensor, 1, "heads", s.receiver_heads, "the fuser's receiver heads");
+      check_dim(name, *tensor, 1, "heads", s.receiver.heads, "the fuser's receiver heads");
       check_dim(name, *tensor, 2, "tokens", s.tokens, first_name.c_str());
-      check_dim(name, *tensor, 3, "head dim", s.receiver_dim, "the fuser's receiver head dim");
+      check_dim(name, *tensor, 3, "head dim", s.receiver.dim, "the fuser's receiver head dim");
     }
     check_rank(sharer_name, sharer, 4);
     check_like(sharer_name, sharer, first, first_name);
     check_dim(sharer_name, sharer, 0, "batch", s.batch, first_name.c_str());
-    check_dim(sharer_name, sharer, 1, "heads", s.sharer_heads, "the fuser's sharer heads");
-    check_dim(sharer_name, sharer, 3, "head dim", s.sharer_dim, "the fuser's sharer head dim");
+    check_dim(sharer_name, sharer, 1, "heads", s.sharer.heads, "the fuser's sharer heads");
+    check_dim(sharer_name, sharer, 3, "head dim", s.sharer.dim, "the fuser's sharer head dim");
     if (!sharer_seen) {
       s.sharer_tokens = sharer.size(2);
       sharer_seen = true;
@@ -348,11 +349,11 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
     check_weight(name, t, shape, compute, first);
   };
   const int64_t h = s.hidden, m = s.inner;
-  check_packed("in_weight", w.in_weight, {g, h, sharer_width + width});
+  check_packed("in_weight", w.in_weight, {g, h, s.sharer.width() + (s.reads_receiver ? width : 0)});
   check_packed("in_bias", w.in_bias, {g, h});
   check_packed("w1", w.w1, {g, m, h});
   check_packed("w2", w.w2, {g, h, m});
-  check_packed("branch_w1", w.branch_w1, {g, m + h, h});
+  check_packed("branch_w1", w.branch_w1, {g, m + s.weighting, h});
   s.folded = w.deep_w2.size() == w.deep_w1.size();
   if (!s.folded && w.deep_w2.size() != w.deep_w1.size() + 1) {
     fail("deep_w2 must have as many entries as deep_w1 (", w.deep_w1.size(), ") or one more, got ",
@@ -366,8 +367,9 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
   }
   check_packed("out_weight", w.out_weight, {g, width, s.folded ? m + h : h});
   check_packed("out_bias", w.out_bias, {g, width});
-  check_packed("head_weight", w.head_weight, {g, s.receiver_heads, h + h});
-  check_packed("head_bias", w.head_bias, {g, s.receiver_heads});
+  const int64_t heads = weighted ? s.receiver.heads : 0;
+  check_packed("head_weight", w.head_weight, {g, heads, weighted ? h + h : 0});
+  check_packed("head_bias", w.head_bias, {g, heads});
   return call;
 }
 

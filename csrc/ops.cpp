@@ -15,10 +15,11 @@ STABLE_TORCH_LIBRARY(c2c, m) {
   m.def(
       "fuse_(Tensor(a!)[] out_keys, Tensor(b!)[] out_values, Tensor[] base_keys, "
       "Tensor[] base_values, Tensor[] sharer_keys, Tensor[] sharer_values, Tensor? token_map, "
-      "int[] layers, int[] sources, int num_keys, int sharer_heads, Tensor in_weight, "
-      "Tensor in_bias, Tensor w1, Tensor w2, Tensor branch_w1, Tensor[] deep_w2, "
-      "Tensor[] deep_w1, Tensor out_weight, Tensor out_bias, Tensor head_weight, "
-      "Tensor head_bias, str activation, bool accumulate) -> ()");
+      "int[] layers, int[] sources, int num_keys, int sharer_heads, int sharer_dim, "
+      "int receiver_heads, int receiver_dim, Tensor in_weight, Tensor in_bias, Tensor w1, "
+      "Tensor w2, Tensor branch_w1, Tensor[] deep_w2, Tensor[] deep_w1, Tensor out_weight, "
+      "Tensor out_bias, Tensor head_weight, Tensor head_bias, str activation, str integration, "
+      "bool accumulate) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(c2c, CPU, m) { m.impl("fuse_", TORCH_BOX(&c2c::fuse_cpu)); }

@@ -14,17 +14,23 @@ using torch::stable::Tensor;
 
 // The packed weights of one shape group: G open streams, `num_keys` key streams first.
 struct PackedWeights {
-  Tensor in_weight;             // [G, hidden, sharer width + receiver width]
+  Tensor in_weight;             // [G, hidden, sharer width + receiver width], or sharer width alone
   Tensor in_bias;               // [G, hidden]
   Tensor w1;                    // [G, inner, hidden]
   Tensor w2;                    // [G, hidden, inner]
-  Tensor branch_w1;             // [G, inner + hidden, hidden]
+  Tensor branch_w1;             // [G, inner + weighting, hidden]; weighting: hidden, or 0 without
   std::vector<Tensor> deep_w2;  // [G, hidden, inner] each
   std::vector<Tensor> deep_w1;  // [G, inner, hidden] each
   Tensor out_weight;            // [G, receiver width, inner + hidden (folded) or hidden]
   Tensor out_bias;              // [G, receiver width]
-  Tensor head_weight;           // [G, receiver heads, hidden + hidden]
-  Tensor head_bias;             // [G, receiver heads]
+  Tensor head_weight;           // [G, receiver heads, hidden + hidden]; [G, 0, 0] without weighting
+  Tensor head_bias;             // [G, receiver heads], [G, 0]
+};
+
+// (heads, head dim) of one layer's keys or values.
+struct KVShape {
+  int64_t heads, dim;
+  int64_t width() const { return heads * dim; }
 };
 
 struct StreamTensors {
@@ -36,9 +42,11 @@ struct StreamTensors {
 // Sizes that every stream of a checked call shares.
 struct FuseSizes {
   int64_t streams, batch, tokens, sharer_tokens;
-  int64_t sharer_heads, sharer_dim, receiver_heads, receiver_dim;
+  KVShape sharer, receiver;
   int64_t hidden, inner;
-  bool folded;  // the projection branch's last W2 is folded into out_weight
+  int64_t weighting;    // inner width of the weighting branch: hidden, or 0 without weighting
+  bool reads_receiver;  // the projection reads [s ; t]; otherwise s alone
+  bool folded;          // the projection branch's last W2 is folded into out_weight
 };
 
 struct FuseCall {
@@ -53,8 +61,8 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
                     const std::vector<Tensor>& sharer_keys,
                     const std::vector<Tensor>& sharer_values,
                     const std::optional<Tensor>& token_map, const std::vector<int64_t>& layers,
-                    const std::vector<int64_t>& sources, int64_t num_keys, int64_t sharer_heads,
-                    const PackedWeights& weights);
+                    const std::vector<int64_t>& sources, int64_t num_keys, KVShape sharer_shape,
+                    KVShape receiver_shape, const PackedWeights& weights);
 
 // c2c::fuse_ on CPU tensors.
 void fuse_cpu(std::vector<Tensor> out_keys, std::vector<Tensor> out_values,
@@ -62,9 +70,9 @@ void fuse_cpu(std::vector<Tensor> out_keys, std::vector<Tensor> out_values,
               std::vector<Tensor> sharer_keys, std::vector<Tensor> sharer_values,
               std::optional<Tensor> token_map, std::vector<int64_t> layers,
               std::vector<int64_t> sources, int64_t num_keys, int64_t sharer_heads,
-              Tensor in_weight, Tensor in_bias, Tensor w1, Tensor w2, Tensor branch_w1,
-              std::vector<Tensor> deep_w2, std::vector<Tensor> deep_w1, Tensor out_weight,
-              Tensor out_bias, Tensor head_weight, Tensor head_bias, std::string activation,
-              bool accumulate);
+              int64_t sharer_dim, int64_t receiver_heads, int64_t receiver_dim, Tensor in_weight,
+              Tensor in_bias, Tensor w1, Tensor w2, Tensor branch_w1, std::vector<Tensor> deep_w2,
+              std::vector<Tensor> deep_w1, Tensor out_weight, Tensor out_bias, Tensor head_weight,
+              Tensor head_bias, std::string activation, std::string integration, bool accumulate);
 
 }  // namespace c2c

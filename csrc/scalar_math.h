@@ -18,6 +18,13 @@ constexpr double kRmsEps = 1e-6;  // inside the root, as in the published fusers
 
 enum class Activation { kGelu, kRelu, kSilu };
 
+// How the projection P, weighted by w, and the receiver's token t become the fused token.
+enum class Integration {
+  kResidual,       // t + w P
+  kInterpolation,  // t + w (P - t)
+  kReplacement,    // w P
+};
+
 // Everything below has internal linkage: row_kernels.cpp is compiled once per instruction set, and
 // the linker must not merge those copies.
 namespace {
@@ -133,6 +140,19 @@ C2C_HOST_DEVICE void narrow(float x, Float16* out) {
 }
 C2C_HOST_DEVICE void narrow(float x, float* out) { *out = x; }
 C2C_HOST_DEVICE void narrow(double x, double* out) { *out = x; }
+
+// The fused value of one channel; `from` is the base, or with accumulate what is written to.
+template <Integration kIntegration, class T>
+C2C_HOST_DEVICE T integrate(T from, T base, T w, T p, bool accumulate) {
+  switch (kIntegration) {
+    case Integration::kResidual:
+      return from + w * p;
+    case Integration::kInterpolation:
+      return from + w * (p - base);
+    case Integration::kReplacement:
+      return accumulate ? from + (w * p - base) : w * p;
+  }
+}
 
 }  // namespace
 }  // namespace c2c

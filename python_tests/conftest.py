@@ -307,7 +307,7 @@ def arguments_of(
 ) -> dict[str, object]:
     """The op's arguments by name, for the fuser's only shape group."""
     first = base[0][0]
-    (group,) = fuser.packed(first.dtype, first.device).groups
-    activation = fuser.config.activation
-    values = ops.group_arguments(group, out, base, sharer, token_map, activation, False)
+    packed = fuser.packed(first.dtype, first.device)
+    (group,) = packed.groups
+    values = ops.group_arguments(group, out, base, sharer, token_map, packed, False)
     return dict(zip(OP_ARGUMENTS, values, strict=True))

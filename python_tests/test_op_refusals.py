@@ -107,7 +107,14 @@ REFUSED = [
     (put("sources", drop_last), "sources must have 4 entries (one per stream, as layers), got 3"),
     (put("num_keys", 5), "num_keys must be in 0..4, got 5"),
     (put("num_keys", -1), "num_keys must be in 0..4, got -1"),
-    (put("sharer_heads", 0), "sharer_heads must be at least 1, got 0"),
+    (put("sharer_heads", 0), "sharer_heads must be in 1..2147483648, got 0"),
+    (put("sharer_dim", 2**62), f"sharer_dim must be in 1..2147483648, got {2**62}"),
+    (put("receiver_heads", -1), "receiver_heads must be in 1..2147483648, got -1"),
+    (put("receiver_dim", 0), "receiver_dim must be in 1..2147483648, got 0"),
+    (
+        put("integration", "sum"),
+        "integration must be residual, interpolation or replacement, got sum",
+    ),
     (put("layers", 2, 1), "layers[1] must be in 0..1 (receiver layers), got 2"),
     (put("layers", -1, 3), "layers[3] must be in 0..1 (receiver layers), got -1"),
     (put("sources", 3, 0), "sources[0] must be in 0..2 (sharer layers), got 3"),
@@ -118,21 +125,23 @@ REFUSED = [
     (put("head_bias", lambda t: t[0]), "head_bias must have 2 dimensions, got 1"),
     (
         put("out_bias", lambda t: t[:, :15]),
-        "out_bias dim 1 must be a multiple of the receiver heads (2), got 15",
+        "out_bias dim 1 (packed weight) must equal 16 (the shape group's other weights), got 15",
     ),
     (
-        put("head_bias", lambda t: t[:, :0]),
-        "out_bias dim 1 must be a multiple of the receiver heads (0), got 16",
+        put("head_bias", lambda t: t[:, :0]),  # as if there were no dynamic weighting
+        "branch_w1 dim 1 (packed weight) must equal 24 (the shape group's other weights), got 40",
     ),
     (
         put("sharer_heads", 3),
-        "in_weight dim 2 less the receiver width must be a positive multiple of sharer_heads (3), "
-        "got 4",
+        "sharer_keys[0] dim 1 (heads) must equal 3 (the fuser's sharer heads)",
+    ),
+    (
+        put("receiver_dim", 9),
+        "receiver_keys[0] dim 3 (head dim) must equal 9 (the fuser's receiver head dim), got 8",
     ),
     (
         put("in_weight", lambda t: t[:, :, :16]),
-        "in_weight dim 2 less the receiver width must be a positive multiple of sharer_heads (1), "
-        "got 0",
+        "in_weight dim 2 (packed weight) must equal 20 (the shape group's other weights), got 16",
     ),
     (put("base_keys", lambda t: t[0], 0), "receiver_keys[0] must have 4 dimensions, got 3"),
     (

@@ -47,6 +47,14 @@ Activation parse_activation(const std::string& name) {
   throw std::runtime_error("c2c_ext.fuse: activation must be gelu, relu or silu, got " + name);
 }
 
+Integration parse_integration(const std::string& name) {
+  if (name == "residual") return Integration::kResidual;
+  if (name == "interpolation") return Integration::kInterpolation;
+  if (name == "replacement") return Integration::kReplacement;
+  throw std::runtime_error(
+      "c2c_ext.fuse: integration must be residual, interpolation or replacement, got " + name);
+}
+
 CacheView view_of(const Tensor& t) {
   return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
 }
@@ -127,8 +135,13 @@ template <class T>
 class Chunk {
  public:
   Chunk(const FuseSizes& sizes, const PackedWeights& weights, const RowKernels<T>& kernels,
-        Activation activation, bool accumulate)
-      : s_(sizes), w_(weights), k_(kernels), activation_(activation), accumulate_(accumulate) {}
+        Activation activation, Integration integration, bool accumulate)
+      : s_(sizes),
+        w_(weights),
+        k_(kernels),
+        activation_(activation),
+        integration_(integration),
+        accumulate_(accumulate) {}
 
   int64_t scratch_elements_per_row() const {
     const auto columns = buffer_columns();
@@ -143,13 +156,14 @@ class Chunk {
       scratch += streams * count * buffer_columns()[i];
     }
     const int64_t h = s_.hidden, m = s_.inner;
-    const HeadShape sharer_shape{s_.sharer_heads, s_.sharer_dim};
-    const HeadShape receiver_shape{s_.receiver_heads, s_.receiver_dim};
-    const int64_t in = input_width(), width = receiver_width();
+    const HeadShape sharer_shape{s_.sharer.heads, s_.sharer.dim};
+    const HeadShape receiver_shape{s_.receiver.heads, s_.receiver.dim};
+    const HeadShape read_shape{s_.reads_receiver ? receiver_shape.heads : 0, receiver_shape.dim};
+    const int64_t in = input_width(), width = s_.receiver.width();
 
     const Matrices<T> c = packed(a_, in);
     for_rows(streams, count, in, [&](int64_t g, int64_t r, int64_t n) {
-      k_.gather(views[g].sharer, sharer_shape, views[g].base, receiver_shape, rows + r, n,
+      k_.gather(views[g].sharer, sharer_shape, views[g].base, read_shape, rows + r, n,
                 row(c, g, r));
     });
     const Matrices<T> z0 = packed(z_, h);
@@ -165,13 +179,13 @@ class Chunk {
     multiply(delta, a, w_.w2);
     // y = [activated projection | z1 | activated weighting]: out_weight reads the first two,
     // head_weight the last two.
-    const Matrices<T> y = packed(y_, m + h + h);
+    const Matrices<T> y = packed(y_, m + h + s_.weighting);
     const Matrices<T> z1 = column(y, m), weighting = column(y, m + h);
     residual(z0, delta, z1, true);
 
-    const Matrices<T> branches = packed(a_, m + h);
+    const Matrices<T> branches = packed(a_, m + s_.weighting);
     multiply(branches, z1, w_.branch_w1);
-    scale_activate(column(branches, m), weighting, h);
+    if (s_.weighting > 0) scale_activate(column(branches, m), weighting, s_.weighting);
     const bool deep = !w_.deep_w2.empty();
     // q = [activated projection | input of its block]; y itself at depth 3 with a folded output.
     const Matrices<T> q = deep ? packed(q_, m + h) : y;
@@ -189,22 +203,26 @@ class Chunk {
       }
     }
 
-    const Matrices<T> head = packed(s_heads_, s_.receiver_heads);
-    for_rows(streams, count, s_.receiver_heads * 2 * h, [&](int64_t g, int64_t r, int64_t n) {
-      k_.head_logits(row(z1, g, r), z1.row_stride, matrix(w_.head_weight, g), n, 2 * h,
-                     s_.receiver_heads, row(head, g, r));
-    });
+    const Matrices<T> head = packed(s_heads_, s_.receiver.heads);
+    if (s_.weighting > 0) {
+      for_rows(streams, count, s_.receiver.heads * 2 * h, [&](int64_t g, int64_t r, int64_t n) {
+        k_.head_logits(row(z1, g, r), z1.row_stride, matrix(w_.head_weight, g), n, 2 * h,
+                       s_.receiver.heads, row(head, g, r));
+      });
+    }
     const Matrices<T> projected = packed(d_, width);
     multiply(projected, s_.folded ? q : p, w_.out_weight);
     for_rows(streams, count, width, [&](int64_t g, int64_t r, int64_t n) {
       k_.combine(views[g].base, views[g].out, receiver_shape, rows + r, n, row(projected, g, r),
-                 vector(w_.out_bias, g), row(head, g, r), vector(w_.head_bias, g), accumulate_);
+                 vector(w_.out_bias, g), s_.weighting > 0 ? row(head, g, r) : nullptr,
+                 vector(w_.head_bias, g), integration_, accumulate_);
     });
   }
 
  private:
-  int64_t receiver_width() const { return s_.receiver_heads * s_.receiver_dim; }
-  int64_t input_width() const { return s_.sharer_heads * s_.sharer_dim + receiver_width(); }
+  int64_t input_width() const {
+    return s_.sharer.width() + (s_.reads_receiver ? s_.receiver.width() : 0);
+  }
 
   // Columns of the seven buffers, in the order of `buffers()`.
   std::array<int64_t, 7> buffer_columns() const {
@@ -212,10 +230,10 @@ class Chunk {
     const int64_t q = w_.deep_w2.empty() ? 0 : m + h;
     return {std::max(input_width(), m + h),
             h,
-            std::max(receiver_width(), h),
-            m + h + h,
+            std::max(s_.receiver.width(), h),
+            m + h + s_.weighting,
             q,
-            s_.receiver_heads,
+            s_.weighting > 0 ? s_.receiver.heads : 0,
             1};
   }
   std::array<T**, 7> buffers() { return {&a_, &z_, &d_, &y_, &q_, &s_heads_, &rstd_}; }
@@ -256,6 +274,7 @@ class Chunk {
   const PackedWeights& w_;
   const RowKernels<T>& k_;
   Activation activation_;
+  Integration integration_;
   bool accumulate_;
   int64_t first_ = 0, streams_ = 0, count_ = 0;
   T *a_ = nullptr, *z_ = nullptr, *d_ = nullptr, *y_ = nullptr, *q_ = nullptr, *s_heads_ = nullptr,
@@ -265,7 +284,7 @@ class Chunk {
 template <class T>
 void run_fuse(const FuseCall& call, const PackedWeights& weights,
               const std::optional<Tensor>& token_map, CacheType type, Activation activation,
-              bool accumulate) {
+              Integration integration, bool accumulate) {
   const FuseSizes& s = call.sizes;
   const RowKernels<T>& kernels = cpu::row_kernels<T>(type);
   const Rows rows = resolve_rows(s, token_map);
@@ -274,7 +293,7 @@ void run_fuse(const FuseCall& call, const PackedWeights& weights,
   for (const StreamTensors& t : call.streams) {
     views.push_back({view_of(*t.out), view_of(*t.base), view_of(*t.sharer)});
   }
-  const HeadShape shape{s.receiver_heads, s.receiver_dim};
+  const HeadShape shape{s.receiver.heads, s.receiver.dim};
   if (!accumulate) {
     for_rows(s.streams, static_cast<int64_t>(rows.kept.size()), shape.heads * shape.dim,
              [&](int64_t g, int64_t r, int64_t n) {
@@ -286,7 +305,7 @@ void run_fuse(const FuseCall& call, const PackedWeights& weights,
   const auto count = static_cast<int64_t>(rows.fused.size());
   if (count == 0) return;
 
-  Chunk<T> chunk(s, weights, kernels, activation, accumulate);
+  Chunk<T> chunk(s, weights, kernels, activation, integration, accumulate);
   const int64_t row_elements = chunk.scratch_elements_per_row();
   const int64_t budget = kScratchBytes / static_cast<int64_t>(sizeof(T)) / row_elements;  // rows
   const int64_t chunk_rows = std::clamp<int64_t>(budget, 1, count);
@@ -309,22 +328,23 @@ void fuse_cpu(std::vector<Tensor> out_keys, std::vector<Tensor> out_values,
               std::vector<Tensor> sharer_keys, std::vector<Tensor> sharer_values,
               std::optional<Tensor> token_map, std::vector<int64_t> layers,
               std::vector<int64_t> sources, int64_t num_keys, int64_t sharer_heads,
-              Tensor in_weight, Tensor in_bias, Tensor w1, Tensor w2, Tensor branch_w1,
-              std::vector<Tensor> deep_w2, std::vector<Tensor> deep_w1, Tensor out_weight,
-              Tensor out_bias, Tensor head_weight, Tensor head_bias, std::string activation,
-              bool accumulate) {
+              int64_t sharer_dim, int64_t receiver_heads, int64_t receiver_dim, Tensor in_weight,
+              Tensor in_bias, Tensor w1, Tensor w2, Tensor branch_w1, std::vector<Tensor> deep_w2,
+              std::vector<Tensor> deep_w1, Tensor out_weight, Tensor out_bias, Tensor head_weight,
+              Tensor head_bias, std::string activation, std::string integration, bool accumulate) {
   const PackedWeights weights{in_weight, in_bias,    w1,       w2,          branch_w1, deep_w2,
                               deep_w1,   out_weight, out_bias, head_weight, head_bias};
   const Activation act = parse_activation(activation);
-  const FuseCall call =
-      check_fuse(out_keys, out_values, base_keys, base_values, sharer_keys, sharer_values,
-                 token_map, layers, sources, num_keys, sharer_heads, weights);
+  const Integration how = parse_integration(integration);
+  const FuseCall call = check_fuse(
+      out_keys, out_values, base_keys, base_values, sharer_keys, sharer_values, token_map, layers,
+      sources, num_keys, {sharer_heads, sharer_dim}, {receiver_heads, receiver_dim}, weights);
   if (call.sizes.streams == 0 || call.sizes.batch * call.sizes.tokens == 0) return;
   const CacheType type = cache_type(call.streams[0].base->scalar_type());
   if (type == CacheType::kFloat64) {
-    run_fuse<double>(call, weights, token_map, type, act, accumulate);
+    run_fuse<double>(call, weights, token_map, type, act, how, accumulate);
   } else {
-    run_fuse<float>(call, weights, token_map, type, act, accumulate);
+    run_fuse<float>(call, weights, token_map, type, act, how, accumulate);
   }
 }
 

@@ -116,26 +116,50 @@ void head_logits(const T* x, int64_t ldx, const T* weight, int64_t count, int64_
   }
 }
 
-template <class C, class T>
-void combine(const CacheView& base, const CacheView& out, HeadShape shape, const Row* rows,
-             int64_t count, const T* projected, const T* projected_bias, const T* weighting,
-             const T* weighting_bias, bool accumulate) {
+template <Integration kIntegration, class C, class T>
+void combine_as(const CacheView& base, const CacheView& out, HeadShape shape, const Row* rows,
+                int64_t count, const T* projected, const T* projected_bias, const T* weighting,
+                const T* weighting_bias, bool accumulate) {
   const CacheView& from = accumulate ? out : base;
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t head = 0; head < shape.heads; ++head) {
-      const T w = sigmoid(weighting[r * shape.heads + head] + weighting_bias[head]);
+      const T w = weighting == nullptr
+                      ? T(1)
+                      : sigmoid(weighting[r * shape.heads + head] + weighting_bias[head]);
       const T* p = projected + (r * shape.heads + head) * shape.dim;
       const T* bias = projected_bias + head * shape.dim;
-      const C* t = token<C>(from, rows[r].batch, head, rows[r].token);
+      const C* f = token<C>(from, rows[r].batch, head, rows[r].token);
+      const C* t = token<C>(base, rows[r].batch, head, rows[r].token);
       C* o = mutable_token<C>(out, rows[r].batch, head, rows[r].token);
-      if (from.stride[3] == 1 && out.stride[3] == 1) {
-        for (int64_t d = 0; d < shape.dim; ++d) narrow(widen(t[d]) + w * (p[d] + bias[d]), &o[d]);
+      const auto fused = [&](const C& f_d, const C& t_d, int64_t d) {
+        return integrate<kIntegration, T>(widen(f_d), widen(t_d), w, p[d] + bias[d], accumulate);
+      };
+      if (base.stride[3] == 1 && out.stride[3] == 1) {
+        for (int64_t d = 0; d < shape.dim; ++d) narrow(fused(f[d], t[d], d), &o[d]);
       } else {
         for (int64_t d = 0; d < shape.dim; ++d) {
-          narrow(widen(t[d * from.stride[3]]) + w * (p[d] + bias[d]), &o[d * out.stride[3]]);
+          narrow(fused(f[d * from.stride[3]], t[d * base.stride[3]], d), &o[d * out.stride[3]]);
         }
       }
     }
+  }
+}
+
+template <class C, class T>
+void combine(const CacheView& base, const CacheView& out, HeadShape shape, const Row* rows,
+             int64_t count, const T* projected, const T* projected_bias, const T* weighting,
+             const T* weighting_bias, Integration integration, bool accumulate) {
+  const auto run = [&](auto kernel) {
+    kernel(base, out, shape, rows, count, projected, projected_bias, weighting, weighting_bias,
+           accumulate);
+  };
+  switch (integration) {
+    case Integration::kResidual:
+      return run(combine_as<Integration::kResidual, C, T>);
+    case Integration::kInterpolation:
+      return run(combine_as<Integration::kInterpolation, C, T>);
+    case Integration::kReplacement:
+      return run(combine_as<Integration::kReplacement, C, T>);
   }
 }
 

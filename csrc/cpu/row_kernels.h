@@ -7,6 +7,7 @@
 namespace c2c {
 
 enum class Activation;
+enum class Integration;
 
 namespace cpu {
 
@@ -65,15 +66,16 @@ struct RowKernels {
                       int64_t count, int64_t cols, int64_t heads,
                       T* logits);  // [count, heads]
 
-  // out = base + sigmoid(weighting + weighting_bias) * (projected + projected_bias), rounded once;
-  // with accumulate, out itself takes the place of base.
+  // out = the integration of base and P = projected + projected_bias, weighted by w =
+  // sigmoid(weighting + weighting_bias), or 1 where weighting is null; rounded once. With
+  // accumulate: out += what the integration would change base by.
   void (*combine)(const CacheView& base, const CacheView& out, HeadShape shape, const Row* rows,
                   int64_t count,
                   const T* projected,       // [count, heads * dim]
                   const T* projected_bias,  // [heads * dim]
-                  const T* weighting,       // [count, heads]
+                  const T* weighting,       // [count, heads] or null
                   const T* weighting_bias,  // [heads]
-                  bool accumulate);
+                  Integration integration, bool accumulate);
 
   // out = base for these tokens, bit for bit.
   void (*copy)(const CacheView& base, const CacheView& out, HeadShape shape, const Row* rows,
