@@ -78,9 +78,9 @@ def fuser_between(receiver: PreTrainedModel, sharer: PreTrainedModel, **changes:
     torch.manual_seed(4)
     fuser = Fuser(FuserConfig.for_models(receiver.config, sharer.config, **settings)).eval()
     with torch.no_grad():
-        for group in fuser.groups:
-            group.out_weight.mul_(4.0)
-            group.out_bias.mul_(4.0)
+        for name, parameter in fuser.named_parameters():
+            if name.endswith(("out_weight", "out_bias")):
+                parameter.mul_(4.0)
     return fuser
 
 
