@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from . import requirements  # noqa: F401  first: says in one sentence what is wrong with torch
 from .config import FuserConfig
 from .fuser import Fuser
 from .fusion import fuse

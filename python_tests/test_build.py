@@ -1,13 +1,17 @@
-"""The compiled module: what it reports, and that it binds to torch's stable ABI alone."""
+"""The compiled parts: what they report, and that they bind to torch's stable ABI alone."""
 
 import re
 import struct
 from pathlib import Path
 
+import pytest
 import torch
 
 import c2c_ext
 from c2c_ext import _C
+
+MODULE = Path(_C.__file__)
+OPS = MODULE.parent / "libc2c_ext.so"
 
 
 def undefined_symbols(path: Path) -> list[str]:
@@ -35,10 +39,21 @@ def torch_cpp_symbols(names: list[str]) -> list[str]:
     return [n for n in names if n.startswith("_Z") and re.search(r"N?K?(2at|3c10|5torch)\d", n)]
 
 
-def test_no_cpp_symbol_of_torch_is_undefined() -> None:
-    names = undefined_symbols(Path(_C.__file__))
+def python_symbols(names: list[str]) -> list[str]:
+    """Those of CPython's C API."""
+    return [n for n in names if re.match(r"_?Py[A-Z_]", n)]
+
+
+@pytest.mark.parametrize("path", [OPS, MODULE], ids=["ops", "module"])
+def test_no_cpp_symbol_of_torch_is_undefined(path: Path) -> None:
+    assert torch_cpp_symbols(undefined_symbols(path)) == []
+
+
+def test_the_ops_need_torch_but_not_python() -> None:
+    names = undefined_symbols(OPS)
     assert "torch_call_dispatcher" in names  # the C shims are there
-    assert torch_cpp_symbols(names) == []
+    assert python_symbols(names) == []
+    assert "PyDict_New" in python_symbols(undefined_symbols(MODULE))  # the check can fail
 
 
 def test_the_symbol_check_can_fail() -> None:

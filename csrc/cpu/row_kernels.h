@@ -90,7 +90,8 @@ template <>
 const RowKernels<double>& row_kernels<double>(CacheType type);
 
 // "avx512", "avx2" or "baseline".
-const char* instruction_set();
+// Exported, as the only function: the Python module reports it.
+__attribute__((visibility("default"))) const char* instruction_set();
 
 }  // namespace cpu
 }  // namespace c2c

@@ -1,0 +1,28 @@
+// The Python module c2c_ext._C: its import loads libc2c_ext.so, which registers the ops.
+#include <pybind11/pybind11.h>
+
+#include "build_config.h"
+#include "cpu/row_kernels.h"
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["version"] = C2C_VERSION;
+  info["compiler"] = C2C_COMPILER;
+  info["flags"] = C2C_FLAGS;
+  info["cuda_architectures"] = pybind11::list();
+  info["abi_target"] = C2C_ABI_TARGET;
+  info["built_with_torch"] = C2C_BUILT_WITH_TORCH;
+  info["cpu_instruction_set"] = c2c::cpu::instruction_set();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled ops of c2c_ext: importing this module registers torch.ops.c2c.*";
+  m.def("build_info", &build_info,
+        "Version, compiler, flags, CUDA architectures, stable-ABI target, and the instruction set "
+        "that the CPU kernels run with.");
+}
