@@ -54,7 +54,7 @@ def test_import_loads_nothing_but_the_runtime_packages() -> None:
     }
 
 
-def test_importing_leaves_transformers_alone() -> None:
-    code = "import sys, c2c_ext; print('transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+def test_import_leaves_heavy_packages_alone() -> None:
+    heavy = {"transformers", "huggingface_hub", "tokenizers", "rich", "requests", "httpx"}
+    assert loaded_by("import c2c_ext") & heavy == set()
+    assert "transformers" in loaded_by("import c2c_ext.generation")  # the check can fail

@@ -1,0 +1,77 @@
+"""What does `import c2c_ext` add to `import torch`? Cold processes of both, in turns.
+
+usage: python benchmarks/import_time.py [OUTPUT.json] [--runs N]
+
+Prints the medians and the median difference of neighbours; writes them with the environment, by
+default to benchmarks/results/import_time.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+from c2c_ext import info
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINE, OURS = "import torch", "import torch, c2c_ext"
+
+
+def seconds(statement: str, directory: str) -> float:
+    """Wall time of a fresh interpreter that runs ``statement`` outside the checkout."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", statement], check=True, cwd=directory)
+    return time.perf_counter() - start
+
+
+def measure(runs: int) -> dict[str, list[float]]:
+    """Seconds of every run of both statements, in turns, after one of each that is not counted."""
+    times: dict[str, list[float]] = {BASELINE: [], OURS: []}
+    with tempfile.TemporaryDirectory() as directory:
+        for i in range(runs + 1):
+            for statement in (BASELINE, OURS) if i % 2 else (OURS, BASELINE):
+                taken = seconds(statement, directory)
+                if i > 0:
+                    times[statement].append(taken)
+    return times
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile, in seconds."""
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[-1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    output = ROOT / "benchmarks" / "results" / "import_time.json"
+    parser.add_argument("output", nargs="?", type=Path, default=output)
+    parser.add_argument("--runs", type=int, default=25)
+    options = parser.parse_args()
+    if options.runs < 2:
+        parser.error(f"--runs must be at least 2, got {options.runs}")
+
+    times = measure(options.runs)
+    added = [ours - torch for torch, ours in zip(times[BASELINE], times[OURS], strict=True)]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "none"
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    results = {
+        "environment": {"date": now, "commit": commit, **info.describe()},
+        "runs": options.runs,
+        "seconds": {s: summary(values) for s, values in times.items()},
+        "added_seconds": summary(added),
+    }
+    options.output.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps({key: results[key] for key in ("seconds", "added_seconds")}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
