@@ -31,8 +31,8 @@ FAKE_TORCH = "import types; sys.modules['torch'] = torch = types.ModuleType('tor
             r"ImportError: c2c_ext needs torch 2\.10 or newer, which cannot be imported here: .*",
         ),
         (
-            FAKE_TORCH + "torch.__version__ = '2.9.1+cu'",
-            r"ImportError: c2c_ext needs torch 2\.10 or newer \(its stable ABI\), found 2\.9\.1\+cu",
+            FAKE_TORCH + "torch.__version__ = '2.9.1'",
+            r"ImportError: c2c_ext needs torch 2\.10 or newer \(its stable ABI\), found 2\.9\.1",
         ),
     ],
     ids=["missing", "old"],
