@@ -111,7 +111,7 @@ void gemm(const Matrices<T>& out, const Matrices<T>& a, const Tensor& weight, in
   std::array<StableIValue, 3> stack{torch::stable::detail::from(lhs),
                                     torch::stable::detail::from(rhs),
                                     torch::stable::detail::from(result)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
 }
