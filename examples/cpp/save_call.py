@@ -27,7 +27,7 @@ def main() -> None:
     out = [(torch.empty_like(key), torch.empty_like(value)) for key, value in base]
     packed = fuser.packed(torch.float32, torch.device("cpu"))
     (group,) = packed.groups  # a fuser whose layers differ in KV shape has several: one call each
-    values = ops.group_arguments(group, out, base, sharer, None, packed.activation, False)
+    values = ops.group_arguments(group, out, base, sharer, None, packed, False)
     names = [argument.name for argument in torch.ops.c2c.fuse_.default._schema.arguments]
     torch.save(dict(zip(names, values, strict=True)), output)
 
