@@ -8,6 +8,7 @@ from .config import FuserConfig
 from .fuser import Fuser
 from .fusion import fuse
 from .layer_map import layer_map
+from .model_card import CardInfo, CardMetric
 from .ops import _C
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ except PackageNotFoundError:  # used from a checkout, built by CMake alone
 build_info = _C.build_info
 
 __all__ = [
+    "CardInfo",
+    "CardMetric",
     "Fuser",
     "FuserConfig",
     "__version__",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from .config import FuserConfig, KVShape
 from .packed import PackedFuser, pack_fuser
 from .parameters import group_parameter_shapes
 from .reference import AttentionWeights, BlockWeights, StreamWeights
+
+if TYPE_CHECKING:
+    from .model_card import CardInfo
 
 
 class FuserGroup(nn.Module):
@@ -232,8 +235,17 @@ class Fuser(nn.Module):
             parts += [f"hidden_size={c.hidden_size}", f"depth={c.depth}"]
         return ", ".join([*parts, *(f"{name}={v!r}" for name, v in c.variant().items())])
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Writes fuser_config.json and fuser.safetensors; each file appears whole or not at all.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, card: CardInfo | None = None
+    ) -> None:
+        """Writes fuser_config.json, fuser.safetensors and the model card README.md.
+
+        Each file appears whole or not at all. A README.md that c2c_ext has not written stays as it
+        is; one that it has is written anew.
+
+        Args:
+            card: what the model card says beyond what the fuser knows; without it, training,
+                metrics and licence are "not recorded".
 
         Raises:
             ValueError: a parameter is missing, surplus, misshapen, NaN or infinite, or the
@@ -242,7 +254,7 @@ class Fuser(nn.Module):
         """
         from .serialization import save_fuser
 
-        save_fuser(self, save_directory)
+        save_fuser(self, save_directory, card)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> Fuser:

@@ -1,11 +1,17 @@
-"""Fuser directories: fuser_config.json + fuser.safetensors, written atomically, read strictly."""
+"""Fuser directories: fuser_config.json + fuser.safetensors, written atomically, read strictly.
+
+Beside them stands README.md, the model card, which no reader looks at.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import secrets
+import shutil
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import VARIANT_FIELDS, FuserConfig
+from .model_card import CARD_NAME, CardInfo, card_text, is_own_card
 from .parameters import parameter_shapes
 
 if TYPE_CHECKING:
@@ -25,6 +32,10 @@ CONFIG_NAME = "fuser_config.json"
 WEIGHTS_NAME = "fuser.safetensors"
 FINGERPRINT_KEY = "c2c_ext.fuser"
 MAX_JSON_BYTES = 4 << 20
+# What a directory may hold for `write_directory` to replace it, a model card of ours aside.
+FUSER_FILE = re.compile(
+    rf"{re.escape(CONFIG_NAME)}|{re.escape(WEIGHTS_NAME)}|projector_(config\.json|\d+\.(pt|json))"
+)
 WEIGHT_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,31 +44,66 @@ WEIGHT_DTYPES = {
 }
 
 
-def save_fuser(fuser: Fuser, directory: str | os.PathLike) -> None:
-    """Writes a fuser directory; see `Fuser.save_pretrained`."""
+def save_fuser(
+    fuser: Fuser,
+    directory: str | os.PathLike,
+    card: CardInfo | None = None,
+    repo_id: str | None = None,
+) -> None:
+    """Writes a fuser directory; see `Fuser.save_pretrained`.
+
+    ``repo_id`` is the Hub repository that the model card is written for.
+    """
+    check_card(card)
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(
             f"c2c_ext: save_directory must be a directory, got the file {path}"
         )
+    tensors = host_tensors(fuser)
+    # The weights name the configuration they belong to, so that a directory caught between the two
+    # replacements of an overwrite is refused and not silently mixed.
+    # A single entry: safetensors writes several in no fixed order; equal fusers give equal files.
+    metadata = {FINGERPRINT_KEY: _fingerprint(fuser.config)}
+    files: dict[Path, Callable[[str], Any]] = {
+        path / WEIGHTS_NAME: lambda temporary: save_file(tensors, temporary, metadata),
+        path / CONFIG_NAME: _text_writer(fuser.config.to_json()),
+    }
+    readme = path / CARD_NAME
+    if not os.path.lexists(readme) or is_own_card(readme):
+        count = sum(t.numel() for t in tensors.values())
+        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        text = card_text(fuser.config, fuser.open_streams(), count, dtype, card, repo_id)
+        files[readme] = _text_writer(text)
+    elif card is not None:
+        warnings.warn(
+            f"c2c_ext: card is not written: {readme} was not written by c2c_ext and stays",
+            stacklevel=3,
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    write_atomically(files)
+
+
+def check_card(card: CardInfo | None) -> None:
+    """Raises TypeError for anything that is not what a model card is made from."""
+    if card is not None and not isinstance(card, CardInfo):
+        raise TypeError(f"c2c_ext: card must be a CardInfo, got {type(card).__name__}")
+
+
+def host_tensors(fuser: Fuser) -> dict[str, Tensor]:
+    """A checked copy of the fuser's parameters in the host's memory, each with its own storage."""
     # Cloned: safetensors refuses tensors that share memory, as tied parameters do.
     tensors = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in fuser.state_dict().items()
     }
     check_parameters(fuser.config, tensors)
-    path.mkdir(parents=True, exist_ok=True)
-    # The weights name the configuration they belong to, so that a directory caught between the two
-    # replacements of an overwrite is refused and not silently mixed.
-    # A single entry: safetensors writes several in no fixed order; equal fusers give equal files.
-    metadata = {FINGERPRINT_KEY: _fingerprint(fuser.config)}
-    text = fuser.config.to_json()
-    write_atomically(
-        {
-            path / WEIGHTS_NAME: lambda temporary: save_file(tensors, temporary, metadata),
-            path / CONFIG_NAME: lambda temporary: Path(temporary).write_text(text, "utf-8"),
-        }
-    )
+    return tensors
+
+
+def _text_writer(text: str) -> Callable[[str], Any]:
+    # As bytes: the same file on every platform.
+    return lambda temporary: Path(temporary).write_bytes(text.encode("utf-8"))
 
 
 def check_parameters(config: FuserConfig, tensors: dict[str, Tensor]) -> None:
@@ -210,6 +256,61 @@ def write_atomically(files: Mapping[Path, Callable[[str], Any]]) -> None:
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
+
+
+def write_directory(directory: Path, write: Callable[[Path], Any], *, overwrite: bool) -> None:
+    """Writes a directory beside its place, then moves it there: it appears whole or not at all.
+
+    ``write`` is called with an empty temporary directory. A directory that is replaced is moved
+    aside first and moved back should the move fail.
+
+    Raises:
+        NotADirectoryError: ``directory`` is a file.
+        FileExistsError: it holds files and ``overwrite`` is false, or it holds anything that is
+            not a fuser's.
+    """
+    path = directory.resolve()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"c2c_ext: {path} must be a directory, it is a file")
+    held = sorted(path.iterdir()) if path.exists() else []
+    if held and not overwrite:
+        raise FileExistsError(
+            f"c2c_ext: {path} is not empty; with overwrite a fuser there is replaced"
+        )
+    foreign = [
+        entry.name
+        for entry in held
+        if not (
+            (FUSER_FILE.fullmatch(entry.name) and entry.is_file())
+            or (entry.name == CARD_NAME and is_own_card(entry))
+        )
+    ]
+    if foreign:
+        listed = ", ".join(foreign[:4]) + (", ..." if len(foreign) > 4 else "")
+        raise FileExistsError(
+            f"c2c_ext: {path} is not replaced, it holds what is not a fuser's: {listed}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(8)
+    temporary, aside = (path.with_name(f".{path.name}.{mark}.{end}") for end in ("new", "old"))
+    try:
+        temporary.mkdir()
+        write(temporary)
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        if held:
+            os.rename(path, aside)
+        try:
+            os.rename(temporary, path)  # also over an empty directory
+        except OSError:
+            if held:
+                os.rename(aside, path)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if held:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _fingerprint(config: FuserConfig) -> str:

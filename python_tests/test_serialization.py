@@ -57,7 +57,8 @@ def test_config_file_says_who_the_models_are(saved: Path) -> None:
         "kv_layers": [[2, 6], [2, 6], [1, 8]],
     }
     assert data["sharer"]["name"] == "sharer"
-    assert sorted(p.name for p in saved.iterdir()) == ["fuser.safetensors", "fuser_config.json"]
+    expected = ["README.md", "fuser.safetensors", "fuser_config.json"]
+    assert sorted(p.name for p in saved.iterdir()) == expected
 
 
 @pytest.mark.parametrize("broken_file", [serialization.WEIGHTS_NAME, serialization.CONFIG_NAME])
