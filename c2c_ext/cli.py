@@ -33,9 +33,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     info.add_argument("--sharer", metavar="DIR", help="the sharer's model directory")
     info.add_argument("--fuser", metavar="DIR", help="a fuser directory, ours or a published one")
 
+    convert = commands.add_parser(
+        "convert", help="a fuser from the published research code's format into ours, or back"
+    )
+    convert.add_argument("source", metavar="SOURCE", help="a fuser directory in either format")
+    convert.add_argument("destination", metavar="DESTINATION", help="a new directory")
+    convert.add_argument(
+        "--to", choices=("c2c_ext", "published"), help="needed only where SOURCE holds both"
+    )
+    convert.add_argument("--receiver", metavar="DIR", help="record this model and compare shapes")
+    convert.add_argument("--sharer", metavar="DIR", help="record this model and compare shapes")
+    convert.add_argument("--overwrite", action="store_true", help="replace a fuser that is there")
+
     options = parser.parse_args(arguments)
     if options.command is None and not options.version:
-        parser.error("a command is needed: demo or info")
+        parser.error("a command is needed: " + ", ".join(commands.choices))
     try:
         if options.version:
             from . import __version__
@@ -47,6 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             status = run_demo(
                 options.entity, options.ask, rivals=options.rivals, json_path=options.json
+            )
+        elif options.command == "convert":
+            from .convert import run_convert
+
+            status = run_convert(
+                options.source,
+                options.destination,
+                to=options.to,
+                receiver=options.receiver,
+                sharer=options.sharer,
+                overwrite=options.overwrite,
             )
         else:
             from .info import run_info

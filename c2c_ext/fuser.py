@@ -291,6 +291,26 @@ class Fuser(nn.Module):
             directory, receiver_config=receiver_config, sharer_config=sharer_config
         )
 
+    def save_published(self, directory: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Writes the on-disk format of the public research code, which `from_published` reads.
+
+        Every tensor arrives bit for bit. The format has no place for the models' names and types,
+        for sharer layers beyond the last one in use and for ``gate_init``.
+
+        Args:
+            directory: appears whole or not at all.
+            overwrite: replace a fuser that is there.
+
+        Raises:
+            ValueError: the published projector cannot compute what this fuser computes (names
+                the field), or a parameter is damaged; nothing is written.
+            FileExistsError: ``directory`` holds files, and ``overwrite`` is false or some are
+                not a fuser's.
+        """
+        from .published_writer import save_published
+
+        save_published(self, directory, overwrite=overwrite)
+
 
 def _written(p: Tensor) -> tuple:
     """Version and place of a parameter: changes with any write that autograd tracks."""

@@ -64,19 +64,23 @@ def read_fuser_config(directory: str | Path) -> FuserConfig:
 
 def read_model(directory: str | Path) -> ModelKV:
     """The KV layout of a model directory, from its config.json alone."""
+    return ModelKV.from_config(read_model_config(directory))
+
+
+def read_model_config(directory: str | Path) -> Any:
+    """The transformers configuration of a model directory."""
     from transformers import AutoConfig
 
     path = Path(directory)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"no model at {path}: config.json is missing")
     try:
-        config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+        return AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers' own checks raise errors of many kinds
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path / 'config.json'} is not a model configuration: {reason}"
         ) from error
-    return ModelKV.from_config(config)
 
 
 def run_info(receiver: str | None, sharer: str | None, fuser: str | None) -> int:

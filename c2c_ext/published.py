@@ -52,6 +52,25 @@ TRAINING_ARGUMENTS = (
     "dtype",
 )
 MAX_PROJECTOR_BYTES = 1 << 32
+# FuserGroup's parameter -> published name, after "key_" or "value_".
+PUBLISHED_NAMES = {
+    "in_weight": "in.weight",
+    "in_bias": "in.bias",
+    "shared_norm": "mlp1.blocks.0.norm.weight",
+    "shared_w1": "mlp1.blocks.0.w1.weight",
+    "shared_w2": "mlp1.blocks.0.w2.weight",
+    "proj_norm": "proj_mlp2.blocks.{block}.norm.weight",
+    "proj_w1": "proj_mlp2.blocks.{block}.w1.weight",
+    "proj_w2": "proj_mlp2.blocks.{block}.w2.weight",
+    "out_weight": "proj_out.weight",
+    "out_bias": "proj_out.bias",
+    "weight_norm": "scalar_mlp2.blocks.0.norm.weight",
+    "weight_w1": "scalar_mlp2.blocks.0.w1.weight",
+    "weight_w2": "scalar_mlp2.blocks.0.w2.weight",
+    "head_weight": "scalar_head.weight",
+    "head_bias": "scalar_head.bias",
+    "gate_logit": "gate_logit",
+}
 
 
 def load_published(
@@ -299,24 +318,11 @@ def _common_dtype(states: Mapping[int, Mapping[str, Tensor]]) -> torch.dtype:
 
 def _stream_tensors(state: Mapping[str, Tensor], kind: str, depth: int) -> dict[str, Tensor]:
     """One projector's key or value path under the names of `FuserGroup`."""
-
-    def block(name: str) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(state[f"{kind}_{name}.{part}.weight"] for part in ("norm", "w1", "w2"))
-
-    shared, weight = block("mlp1.blocks.0"), block("scalar_mlp2.blocks.0")
-    proj = [block(f"proj_mlp2.blocks.{i}") for i in range(depth - 2)]
-    return {
-        "in_weight": state[f"{kind}_in.weight"],
-        "in_bias": state[f"{kind}_in.bias"],
-        **dict(zip(("shared_norm", "shared_w1", "shared_w2"), shared, strict=True)),
-        **{
-            name: torch.stack([b[i] for b in proj])
-            for i, name in enumerate(("proj_norm", "proj_w1", "proj_w2"))
-        },
-        "out_weight": state[f"{kind}_proj_out.weight"],
-        "out_bias": state[f"{kind}_proj_out.bias"],
-        **dict(zip(("weight_norm", "weight_w1", "weight_w2"), weight, strict=True)),
-        "head_weight": state[f"{kind}_scalar_head.weight"],
-        "head_bias": state[f"{kind}_scalar_head.bias"],
-        "gate_logit": state[f"{kind}_gate_logit"],
-    }
+    tensors = {}
+    for name, published in PUBLISHED_NAMES.items():
+        if name.startswith("proj_"):
+            blocks = [state[f"{kind}_{published.format(block=i)}"] for i in range(depth - 2)]
+            tensors[name] = torch.stack(blocks)
+        else:
+            tensors[name] = state[f"{kind}_{published}"]
+    return tensors
