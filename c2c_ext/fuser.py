@@ -257,17 +257,94 @@ class Fuser(nn.Module):
         save_fuser(self, save_directory, card)
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike) -> Fuser:
-        """Loads what `save_pretrained` wrote.
+    def from_pretrained(
+        cls,
+        directory_or_repo_id: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Fuser:
+        """Loads what `save_pretrained` wrote, from a directory or from the Hugging Face Hub.
+
+        An existing directory is always taken; only a string of the form ``"org/name"`` is looked
+        up on the Hub (of which ``HF_ENDPOINT`` gives the address). The two files are fetched by
+        name, and nothing else of the repository.
+
+        Args:
+            revision: branch, tag or commit of the repository.
+            token: a Hub token; True: the stored one is needed; False: none is sent.
+            cache_dir: where downloads are kept, if not in the Hub's usual cache.
+            local_files_only: take what was downloaded before, without network.
+            force_download: download even what was downloaded before.
 
         Raises:
-            FileNotFoundError: the directory or one of its two files is missing.
+            FileNotFoundError: the directory or repository, the revision or one of the two files
+                is missing.
+            PermissionError: the Hub refuses access.
+            ConnectionError: the Hub cannot be reached, and nothing was downloaded before.
             ValueError: a tensor is missing, surplus, misshapen, of another dtype, NaN or
-                infinite, or a configuration value is out of range; the message names it.
+                infinite, a configuration value is out of range, or a file is larger than it may
+                be; the message names it.
         """
-        from .serialization import load_fuser
+        from .hub import load_pretrained
 
-        return load_fuser(directory)
+        return load_pretrained(
+            directory_or_repo_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: CardInfo | None = None,
+        commit_message: str = "Push fuser",
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Uploads what `save_pretrained` writes, as one commit; creates the repository if needed.
+
+        Through `huggingface_hub.ModelHubMixin`. A README.md in the repository that c2c_ext has not
+        written stays as it is.
+
+        Args:
+            repo_id: ``"org/name"``, or ``"name"`` for the user whom the token belongs to.
+            card: as in `save_pretrained`.
+            private: whether a repository that is created is private.
+            token: a Hub token; the stored one if not given.
+            branch: an existing branch; ``main`` if not given.
+            create_pr: open a pull request with the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: as in `save_pretrained`, before anything is sent, or a bad ``repo_id``.
+            PermissionError: the Hub refuses access.
+            FileNotFoundError: no such branch.
+            ConnectionError: the Hub cannot be reached.
+        """
+        from .hub import push_to_hub
+
+        return push_to_hub(
+            self,
+            repo_id,
+            card=card,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            branch=branch,
+            create_pr=create_pr,
+        )
 
     @classmethod
     def from_published(
