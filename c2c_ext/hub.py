@@ -145,10 +145,7 @@ class _Repository:
 
         Where the Hub cannot be reached, what was downloaded before is taken, with a warning.
         """
-        from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-        from . import __version__
 
         local, outage = self.local_files_only, None
         with _clear_errors(self.repo_id, revision, name):
@@ -160,17 +157,7 @@ class _Repository:
                         raise
                     local, outage = True, error
             try:
-                path = hf_hub_download(
-                    self.repo_id,
-                    name,
-                    revision=revision,
-                    cache_dir=self.cache_dir,
-                    token=self.token,
-                    local_files_only=local,
-                    force_download=self.force_download,
-                    library_name=LIBRARY,
-                    library_version=__version__,
-                )
+                path = self._download(name, revision, local)
             except LocalEntryNotFoundError:
                 if outage is not None:
                     raise outage from None
@@ -182,6 +169,29 @@ class _Repository:
                 stacklevel=6,
             )
         return Path(path)
+
+    def _download(self, name: str, revision: str | None, local: bool) -> str:
+        from huggingface_hub import hf_hub_download
+
+        from . import __version__
+
+        options = {
+            "revision": revision,
+            "cache_dir": self.cache_dir,
+            "token": self.token,
+            "local_files_only": local,
+            "library_name": LIBRARY,
+            "library_version": __version__,
+        }
+        try:
+            return hf_hub_download(
+                self.repo_id, name, force_download=self.force_download, **options
+            )
+        except OSError as error:
+            if self.force_download or not _is_wrong_size(error):
+                raise
+            # Older versions of huggingface_hub resume what an earlier call left, however damaged.
+            return hf_hub_download(self.repo_id, name, force_download=True, **options)
 
     def _has_commit(self, name: str, revision: str | None) -> bool:
         """Whether the file of exactly this commit is in the cache, so that nothing can be newer."""
@@ -282,7 +292,7 @@ def _clear_errors(repo_id: str, revision: str | None, name: str | None = None) -
             raise kind(f"c2c_ext: {what}: the Hub refused with HTTP status {status}") from error
         if _is_network_error(error):
             raise ConnectionError(f"c2c_ext: {_unreachable(error)}, needed for {what}") from error
-        if type(error) is OSError and error.errno is None:  # huggingface_hub's own
+        if _is_wrong_size(error):
             raise OSError(f"c2c_ext: {what}: {_one_line(error)}") from error
         raise
 
@@ -290,6 +300,11 @@ def _clear_errors(repo_id: str, revision: str | None, name: str | None = None) -
 def _is_network_error(error: Exception) -> bool:
     client = type(error).__module__.partition(".")[0]
     return isinstance(error, (ConnectionError, TimeoutError)) or client in CLIENT_MODULES
+
+
+def _is_wrong_size(error: Exception) -> bool:
+    """Whether this is huggingface_hub's own OSError, which has no number: not as long as said."""
+    return type(error) is OSError and error.errno is None
 
 
 def _is_outage(error: Exception) -> bool:
@@ -308,7 +323,7 @@ def _unreachable(error: Exception) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:300]
 
 
 def _endpoint() -> str:
