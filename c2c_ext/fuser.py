@@ -309,7 +309,6 @@ class Fuser(nn.Module):
         private: bool | None = None,
         token: str | None = None,
         branch: str | None = None,
-        create_pr: bool = False,
     ) -> str:
         """Uploads what `save_pretrained` writes, as one commit; creates the repository if needed.
 
@@ -322,7 +321,6 @@ class Fuser(nn.Module):
             private: whether a repository that is created is private.
             token: a Hub token; the stored one if not given.
             branch: an existing branch; ``main`` if not given.
-            create_pr: open a pull request with the commit.
 
         Returns:
             The address of the commit.
@@ -343,7 +341,6 @@ class Fuser(nn.Module):
             private=private,
             token=token,
             branch=branch,
-            create_pr=create_pr,
         )
 
     @classmethod
