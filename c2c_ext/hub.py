@@ -228,7 +228,7 @@ class _Repository:
 
 def _max_weight_bytes(config: FuserConfig) -> int:
     """The most that a weights file of this configuration can take: float64 and a header."""
-    from .fuser import parameter_shapes
+    from .parameters import parameter_shapes
 
     return 8 * sum(math.prod(shape) for _, shape in parameter_shapes(config)) + MAX_JSON_BYTES
 

@@ -17,17 +17,6 @@ from .serialization import host_tensors, write_directory
 if TYPE_CHECKING:
     from .fuser import Fuser
 
-# What a fuser must be for the published projector to compute the same. A field that this version's
-# FuserConfig does not have has this value.
-PUBLISHED_VALUES: dict[str, Any] = {
-    "activation": "gelu",
-    "projection": "mlp",
-    "reads": "both",
-    "integration": "residual",
-    "kinds": KINDS,
-    "weighting": True,
-    "gate": True,
-}
 # Training's temperature schedule, which we do not keep: the published one, at its end.
 SCHEDULE = {"initial_temperature": 1.0, "final_temperature": 0.001, "anneal_steps": 1929}
 # The format numbers the models: 0 is the receiver, 1 the sharer.
@@ -56,15 +45,12 @@ def save_published(fuser: Fuser, directory: str | os.PathLike, *, overwrite: boo
 
 def check_publishable(config: FuserConfig) -> None:
     """Raises ValueError naming the first field that the published format cannot express."""
-    for name, wanted in PUBLISHED_VALUES.items():
-        value = getattr(config, name, wanted)
-        if isinstance(value, list):
-            value = tuple(value)
-        if value != wanted:
-            raise ValueError(
-                f"c2c_ext: the published format has only fusers with {name} {wanted!r}, this one "
-                f"has {value!r:.80}"
-            )
+    for name, value in config.variant().items():
+        published = FuserConfig.__dataclass_fields__[name].default
+        raise ValueError(
+            f"c2c_ext: the published format has only fusers with {name} {published!r}, this one has "
+            f"{value!r:.80}"
+        )
 
 
 def _projector_state(
