@@ -27,11 +27,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--json", metavar="FILE", help="also write table and latencies to this file")
 
     info = commands.add_parser(
-        "info", help="build, versions, devices; whether two models and a fuser fit"
+        "info", help="build, versions, devices; whether two models and a fuser fit, and the cost"
     )
-    info.add_argument("--receiver", metavar="DIR", help="the receiver's model directory")
-    info.add_argument("--sharer", metavar="DIR", help="the sharer's model directory")
-    info.add_argument("--fuser", metavar="DIR", help="a fuser directory, ours or a published one")
+    for side in ("receiver", "sharer"):
+        info.add_argument(
+            f"--{side}", metavar="DIR", help=f"the {side}'s model directory, or its config.json"
+        )
+    info.add_argument(
+        "--fuser",
+        metavar="DIR",
+        help="a fuser directory, ours or a published one, or its configuration file",
+    )
+    info.add_argument("--batch", metavar="B", type=int, default=1, help="prompts (default: 1)")
+    info.add_argument(
+        "--tokens", metavar="N", type=int, default=512, help="tokens per prompt (default: 512)"
+    )
+    info.add_argument(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        default="bf16",
+        help="of both models and their caches (default: bf16)",
+    )
+    info.add_argument(
+        "--probe", action="store_true", help="measure this machine (ten seconds), estimate times"
+    )
+    info.add_argument("--json", metavar="FILE", help="also write the exact numbers to this file")
 
     convert = commands.add_parser(
         "convert", help="a fuser from the published research code's format into ours, or back"
@@ -74,7 +94,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             from .info import run_info
 
-            status = run_info(options.receiver, options.sharer, options.fuser)
+            status = run_info(
+                options.receiver,
+                options.sharer,
+                options.fuser,
+                batch=options.batch,
+                tokens=options.tokens,
+                dtype=options.dtype,
+                measure=options.probe,
+                json_path=options.json,
+            )
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader, e.g. head, has seen enough

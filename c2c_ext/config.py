@@ -38,6 +38,18 @@ MAX_DEPTH = 64
 MAX_NAME = 256
 
 
+class UnsupportedModelError(ValueError):
+    """A model whose architecture keeps no plain keys and values in every layer.
+
+    Attributes:
+        reasons: one sentence each; the message is all of them.
+    """
+
+    def __init__(self, *reasons: str) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons
+
+
 @dataclass(frozen=True)
 class KVShape:
     """Shape of one layer's key and value cache: ``[batch, num_heads, tokens, head_dim]``."""
@@ -84,9 +96,10 @@ class ModelKV:
         ``num_attention_heads``.
 
         Raises:
-            ValueError: the model's cache has no plain keys and values per layer (multi-head latent
-                attention, recurrent layers, layers that reuse another layer's cache), or a number
-                that is needed is missing.
+            UnsupportedModelError: an encoder-decoder model, or one whose cache has no plain keys
+                and values per layer (multi-head latent attention, recurrent layers, layers that
+                reuse another layer's cache). A ValueError that says all reasons.
+            ValueError: a number is missing or out of range.
         """
         if not hasattr(config, "model_type"):
             raise TypeError(
@@ -97,27 +110,40 @@ class ModelKV:
         )
         model_type = str(getattr(text, "model_type", "") or "")
         where = f"c2c_ext: model type {model_type!r}"
+        reasons = []
+        if getattr(config, "is_encoder_decoder", False):
+            reasons.append(f"{where} is an encoder-decoder model, not a decoder-only one")
         if getattr(text, "kv_lora_rank", None):
-            raise ValueError(
+            reasons.append(
                 f"{where} uses multi-head latent attention (kv_lora_rank={text.kv_lora_rank}): "
                 "its cache holds no plain keys and values"
             )
         if getattr(text, "num_kv_shared_layers", 0):
-            raise ValueError(
+            reasons.append(
                 f"{where} shares the cache of some layers with others "
                 f"(num_kv_shared_layers={text.num_kv_shared_layers}): not supported"
             )
+        layer_types = getattr(text, "layer_types", None) or []
+        first_layer: dict[str, int] = {}
+        for i, kind in enumerate(map(str, layer_types)):
+            if "attention" not in kind or "linear" in kind:
+                first_layer.setdefault(kind, i)
+        reasons += [
+            f"{where}: layer {i} is a {kind!r} layer, which keeps no keys and values"
+            for kind, i in first_layer.items()
+        ]
+        if reasons:
+            raise UnsupportedModelError(*reasons)
         num_layers = getattr(text, "num_hidden_layers", None)
         if not isinstance(num_layers, int) or not 1 <= num_layers <= MAX_LAYERS:
             raise ValueError(
                 f"{where}: num_hidden_layers must be in 1..{MAX_LAYERS}, got {num_layers}"
             )
-        layer_types = getattr(text, "layer_types", None) or ["full_attention"] * num_layers
-        for i, kind in enumerate(layer_types):
-            if "attention" not in str(kind) or "linear" in str(kind):
-                raise ValueError(
-                    f"{where}: layer {i} is a {kind!r} layer, which keeps no keys and values"
-                )
+        layer_types = layer_types or ["full_attention"] * num_layers
+        if len(layer_types) < num_layers:
+            raise ValueError(
+                f"{where}: layer_types must have {num_layers} entries, got {len(layer_types)}"
+            )
         shapes = [_layer_kv_shape(text, i, str(layer_types[i]), where) for i in range(num_layers)]
         name = str(getattr(config, "_name_or_path", "") or "")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -456,12 +482,12 @@ def _layer_kv_shape(text: Any, layer: int, layer_type: str, where: str) -> KVSha
         hidden = getattr(config, "hidden_size", None)
         attention_heads = getattr(config, "num_attention_heads", None)
         if not hidden or not attention_heads:
-            raise ValueError(
+            raise UnsupportedModelError(
                 f"{where}: layer {layer} has neither head_dim nor hidden_size / num_attention_heads"
             )
         dim = hidden // attention_heads
     if not heads:
-        raise ValueError(
+        raise UnsupportedModelError(
             f"{where}: layer {layer} has neither num_key_value_heads nor num_attention_heads"
         )
     try:

@@ -1,8 +1,11 @@
-"""`c2c info`: what was built, what runs, and whether a receiver, a sharer and a fuser fit."""
+"""`c2c info`: what was built, whether receiver, sharer and fuser fit, and what fusing costs."""
 
 from __future__ import annotations
 
+import json
 import platform
+import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,15 @@ from typing import Any
 import torch
 
 from . import __version__, build_info
-from .config import FuserConfig, ModelKV
-from .published import PROJECTOR_CONFIG_NAME, load_published
-from .serialization import CONFIG_NAME, existing_directory, load_fuser
+from . import report as reports
+from .estimate import Workload
+from .facts import read_fuser, read_model
+from .probe import SECONDS, probe
+from .serialization import write_atomically
+
+MAX_BATCH = 1 << 16
+MAX_TOKENS = 1 << 24
+MAX_ROWS = 1 << 31
 
 
 def describe() -> dict[str, str]:
@@ -54,57 +63,182 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def read_fuser_config(directory: str | Path) -> FuserConfig:
-    """The configuration of a fuser directory, ours or a published one; every tensor is checked."""
-    path = existing_directory(directory)
-    if (path / PROJECTOR_CONFIG_NAME).exists() and not (path / CONFIG_NAME).exists():
-        return load_published(path).config
-    return load_fuser(path).config
+def run_info(
+    receiver: str | None,
+    sharer: str | None,
+    fuser: str | None,
+    *,
+    batch: int = 1,
+    tokens: int = 512,
+    dtype: str = "bf16",
+    measure: bool = False,
+    json_path: str | None = None,
+) -> int:
+    """Prints `describe`, whether the given parts fit, and what fusing with them costs.
+
+    Args:
+        receiver, sharer: model directories or config.json files.
+        fuser: a fuser directory or configuration file; by default `FuserConfig.for_models`.
+        batch, tokens: the prompts that estimates are made for.
+        dtype: of models and caches, a key of `report.DTYPES`.
+        measure: probe the machine for about ten seconds and estimate times.
+        json_path: also write the exact numbers to this file.
+
+    Returns:
+        the exit status: 1 if the parts do not fit.
+
+    Raises:
+        ValueError, OSError: an option or a file breaks a rule; names it.
+    """
+    for option, value, limit in (("--batch", batch, MAX_BATCH), ("--tokens", tokens, MAX_TOKENS)):
+        if not 1 <= value <= limit:
+            raise ValueError(f"{option} must be in 1..{limit}, got {value}")
+    if batch * tokens > MAX_ROWS:
+        raise ValueError(f"--batch times --tokens must be at most {MAX_ROWS}, got {batch * tokens}")
+    target = None if json_path is None else _checked_target(json_path)
+    work = Workload(batch, tokens, reports.DTYPES[dtype])
+    environment = describe()
+    for label, value in environment.items():
+        _print_row(label, value)
+
+    places = {"receiver": receiver, "sharer": sharer}
+    models = {side: read_model(place) for side, place in places.items() if place is not None}
+    given = None if fuser is None else read_fuser(fuser)
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda:0"))
+    report = {"environment": environment, **reports.build(models, given, work, devices)}
+    _print_parts(report)
+    _print_verdict(report)
+    _print_memory(report)
+
+    report["ceilings"], report["seconds"] = [], {}
+    if measure:
+        facts = None if report["problems"] else given or reports.default_fuser(models)
+        for device in devices:
+            ceilings = probe(
+                device,
+                reports.gemm_dtypes(facts, work, device),
+                seconds=SECONDS / len(devices),
+                progress=lambda what: print(f"probe: {what} ...", file=sys.stderr, flush=True),
+            )
+            gemm = {str(d).removeprefix("torch."): rate for d, rate in ceilings.gemm.items()}
+            row = {"device": ceilings.device, "memory_bytes_per_s": ceilings.memory}
+            report["ceilings"].append(row | {"gemm_flop_per_s": gemm})
+            seconds = {}
+            if not report["problems"]:
+                seconds = reports.times(models, facts, work, device, ceilings)
+            report["seconds"][str(device)] = seconds
+            _print_times(report["ceilings"][-1], seconds)
+    elif report["fits"]:
+        _print_row("time", "--probe measures this machine for ten seconds and estimates it")
+    if target is not None:
+        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+        write_atomically({target: lambda path: Path(path).write_text(text, "utf-8")})
+    return 1 if report["problems"] else 0
 
 
-def read_model(directory: str | Path) -> ModelKV:
-    """The KV layout of a model directory, from its config.json alone."""
-    return ModelKV.from_config(read_model_config(directory))
+def _checked_target(json_path: str) -> Path:
+    target = Path(json_path).resolve()  # a link stays, what it points to is written
+    if target.exists() and not target.is_file():
+        raise ValueError(f"--json: {target} exists and is not a regular file")
+    if not target.parent.is_dir():
+        raise ValueError(f"--json: there is no directory {target.parent}")
+    return target
 
 
-def read_model_config(directory: str | Path) -> Any:
-    """The transformers configuration of a model directory."""
-    from transformers import AutoConfig
-
-    path = Path(directory)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"no model at {path}: config.json is missing")
-    try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # transformers' own checks raise errors of many kinds
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path / 'config.json'} is not a model configuration: {reason}"
-        ) from error
+def _print_row(label: str, value: str) -> None:
+    print(f"{label:20} {value}")
 
 
-def run_info(receiver: str | None, sharer: str | None, fuser: str | None) -> int:
-    """Prints `describe`, then whether the given parts fit; 1 if they do not."""
-    for label, value in describe().items():
-        print(f"{label:20} {value}")
-    models: dict[str, ModelKV] = {}
-    for side, directory in (("receiver", receiver), ("sharer", sharer)):
-        if directory is not None:
-            models[side] = read_model(directory)
-            print(f"{side:20} {models[side].summary()}")
+def _print_parts(report: Mapping[str, Any]) -> None:
+    for side in reports.SIDES:
+        model = report[side]
+        if model is None:
+            continue
+        count = "unknown number of parameters"
+        if model["parameters"] is not None:
+            count = f"{model['parameters']:,} parameters"
+        elif model["summary"] is not None:
+            count += f" ({model['parameters_unknown_because']})"
+        _print_row(side, f"{model['summary'] or model['model_type']}, {count}")
+    fuser = report["fuser"]
     if fuser is None:
-        return 0
-    config = read_fuser_config(fuser)
-    print(
-        f"{'fuser':20} {config.sharer.summary()} -> {config.receiver.summary()}; hidden size "
-        f"{config.hidden_size}, depth {config.depth}, {config.activation}, "
-        f"{config.num_parameters():,} parameters"
-    )
-    if not models:
-        return 0
-    problems = config.mismatches(**models)
-    for problem in problems:
-        print(f"{'does not fit':20} {problem}")
-    if not problems:
-        print(f"{'fits':20} {', '.join(models)}")
-    return 1 if problems else 0
+        return
+    origin = ""
+    if fuser["is_default"]:
+        origin = "none given; the default would be "
+    elif not fuser["has_weights"]:
+        origin = "configuration without weights: "
+    _print_row("fuser", f"{origin}{fuser['summary']}, {fuser['parameters']:,} parameters")
+    each = " or ".join(f"{n:,}" for n in fuser["parameters_per_stream"])
+    opened = "" if fuser["open_streams"] is None else f", {fuser['open_streams']} open"
+    _print_row("streams", f"{fuser['streams']} of {each} parameters each{opened}")
+    for device, reason in fuser["uncompiled_because"].items():
+        path = f"reference.py (plain PyTorch) because {reason}" if reason else "compiled op"
+        _print_row(f"fuser on {device}", path)
+
+
+def _print_verdict(report: Mapping[str, Any]) -> None:
+    for problem in report["problems"]:
+        _print_row("does not fit", problem)
+    if report["fits"]:
+        given = [side for side in reports.SIDES if report[side] is not None]
+        _print_row("fits", ", ".join(given))
+    for note in report["notes"]:
+        _print_row("note", note)
+
+
+def _print_memory(report: Mapping[str, Any]) -> None:
+    work = report["workload"]
+    at = f"batch {work['batch']}, {work['tokens']:,} tokens, models and caches in {work['dtype']}"
+    memory = report["memory_bytes"]
+    tables = {f"memory on {d}": table for d, table in memory.get("inference", {}).items()}
+    tables |= {"training memory": memory["training"]} if "training" in memory else {}
+    tables |= {"memory": memory["model"]} if "model" in memory else {}
+    for title, table in tables.items():
+        known = sum(number for number in table.values() if number is not None)
+        least = "at least " if None in table.values() else ""
+        _print_row(title, f"{least}{format_bytes(known)} in all at {at}")
+        for name, number in table.items():
+            _print_row(f"  {name}", "unknown" if number is None else format_bytes(number))
+    if tables:
+        _print_row("not counted", "what the models' own forward (and backward) passes hold")
+
+
+def _print_times(ceilings: Mapping[str, Any], seconds: Mapping[str, Any]) -> None:
+    device = ceilings["device"]
+    rates = [f"memory {_digits(ceilings['memory_bytes_per_s'] / 1e9)} GB/s"]
+    for dtype, rate in ceilings["gemm_flop_per_s"].items():
+        rates.append(f"{dtype} GEMM {_digits(rate / 1e9)} GFLOP/s")
+    _print_row(f"ceilings of {device}", f"{', '.join(rates)} (measured now)")
+    if not seconds:
+        return
+    _print_row(f"time on {device}", "at least, at these ceilings; no overhead is counted")
+    for step, row in seconds.items():
+        if row is None:
+            text = "unknown: parameters unknown, or a mixture of experts"
+        else:
+            text = format_seconds(row["seconds"])
+            text += f" ({row['bound']}-bound)" if "bound" in row else ""
+        _print_row(f"  {step}", text)
+
+
+def format_bytes(number: int) -> str:
+    """``1.23 GiB`` and the like, three digits."""
+    size, units = float(number), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    while size >= 999.5 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{_digits(size)} {units[0]}"
+
+
+def format_seconds(number: float) -> str:
+    """``1.23 ms`` and the like, three digits."""
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
+        if number * factor >= 1 or unit == "us":
+            return f"{_digits(number * factor)} {unit}"
+    raise AssertionError
+
+
+def _digits(number: float) -> str:
+    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"

@@ -98,6 +98,14 @@ def load_published(
     return assemble(Fuser, config, tensors)
 
 
+def read_published_config(directory: str | os.PathLike) -> FuserConfig:
+    """The configuration of a published directory from its JSON files alone; reads no tensor."""
+    path = existing_directory(directory)
+    mapping = _read_mapping(path / PROJECTOR_CONFIG_NAME)
+    projectors = {index: _read_arguments(path, index) for index in {p for _, p in mapping}}
+    return _build_config(path, mapping, projectors, None, None)
+
+
 def _read_mapping(path: Path) -> list[tuple[int, int]]:
     """(sharer layer, projector index) of every receiver layer."""
     data = read_json(path)

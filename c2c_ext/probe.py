@@ -1,0 +1,94 @@
+"""The machine's ceilings, measured: memory bandwidth and GEMM rate of one device, in seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .estimate import Ceilings
+
+SECONDS = 8.0  # for all devices; starting up and last repetitions come on top
+BUFFER_BYTES = 256 << 20  # larger than any cache
+SMALLEST_GEMM = 256
+LARGEST_GEMM = {"cpu": 4096, "cuda": 8192}
+
+
+def probe(
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    *,
+    seconds: float = SECONDS,
+    progress: Callable[[str], None] = lambda what: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Ceilings:
+    """Measures a device for about ``seconds``; the best of all repetitions counts.
+
+    Memory is the faster of copying (bytes read plus bytes written) and summing (bytes read), on
+    `BUFFER_BYTES`. The GEMMs are square, of growing size.
+
+    Args:
+        device: a CPU or CUDA device.
+        dtypes: of the GEMMs.
+        progress: called with what is measured next.
+        clock: seconds.
+    """
+    dtypes = list(dict.fromkeys(dtypes))
+    share = seconds / (1 + len(dtypes))
+    timer = _Timer(device, clock)
+    progress("memory")
+    memory = _memory_rate(timer, share)
+    gemm = {}
+    for dtype in dtypes:
+        progress(f"{str(dtype).removeprefix('torch.')} GEMM")
+        gemm[dtype] = _gemm_rate(timer, dtype, share)
+    return Ceilings(str(device), memory, gemm)
+
+
+class _Timer:
+    """Seconds of one call on a device, everything it started included."""
+
+    def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
+        self.device, self.clock = device, clock
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        self._wait()
+        start = self.clock()
+        run()
+        self._wait()
+        return max(self.clock() - start, 1e-9)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _memory_rate(timer: _Timer, seconds: float) -> float:
+    source = torch.ones(BUFFER_BYTES // 4, device=timer.device)
+    target = torch.zeros_like(source)
+    best, spent = 0.0, timer(lambda: target.copy_(source))  # warms up
+    while best == 0.0 or spent < seconds:
+        copied, summed = timer(lambda: target.copy_(source)), timer(source.sum)
+        spent += copied + summed
+        best = max(best, 2 * source.nbytes / copied, source.nbytes / summed)
+    return best
+
+
+def _gemm_rate(timer: _Timer, dtype: torch.dtype, seconds: float) -> float:
+    size = SMALLEST_GEMM
+    operand = _operand(timer, dtype, size)
+    best, spent = 0.0, timer(lambda: operand @ operand)  # warms up
+    while best == 0.0 or spent < seconds:
+        took = timer(lambda a=operand: a @ a)
+        spent += took
+        best = max(best, 2 * size**3 / took)
+        # Twice the size takes eight times as long, and has to fit.
+        if size < LARGEST_GEMM[timer.device.type] and 16 * took < seconds - spent:
+            size *= 2
+            operand = _operand(timer, dtype, size)
+    return best
+
+
+def _operand(timer: _Timer, dtype: torch.dtype, size: int) -> torch.Tensor:
+    return torch.full((size, size), 0.5, dtype=dtype, device=timer.device)
