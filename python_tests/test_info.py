@@ -354,6 +354,18 @@ def test_a_hostile_model_configuration_is_one_clear_line(capsys, tmp_path, chang
     assert error[:-1].isprintable()
 
 
+@pytest.mark.parametrize("place", [".", "config.json"])
+def test_code_beside_a_configuration_is_neither_run_nor_asked_about(tmp_path, monkeypatch, place):
+    (tmp_path / "config.json").write_text(
+        hostile({"model_type": "red", "auto_map": {"AutoConfig": "evil.Evil"}})
+    )
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    asked: list[object] = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    assert main(["info", "--receiver", str(tmp_path / place)]) == 2
+    assert not (tmp_path / "ran").exists() and not asked
+
+
 @pytest.mark.parametrize(
     "change",
     [
