@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .facts import read_model
 from .fuser import Fuser
-from .info import read_model_config
 from .published import PROJECTOR_CONFIG_NAME, load_published
 from .published_writer import save_published
 from .serialization import (
@@ -64,7 +64,7 @@ def convert(
         save_published(fuser, target, overwrite=overwrite)
         return fuser, to
     models = {
-        f"{name}_config": None if value is None else read_model_config(value)
+        f"{name}_config": None if value is None else read_model(value).config
         for name, value in (("receiver", receiver), ("sharer", sharer))
     }
     fuser = load_published(path, **models)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .config import KINDS, FuserConfig, ModelKV
-from .fuser import FuserGroup, group_parameter_shapes
+from .config import FuserConfig, ModelKV
+from .fuser import FuserGroup
 from .packed import _fold_stream, compute_dtype
+from .parameters import group_parameter_shapes
 
 # Of csrc/cpu/fuse_cpu.cpp: more tokens than fit into this are fused in chunks.
 SCRATCH_BYTES = 128 << 20
@@ -97,7 +98,7 @@ def uncompiled_reason(config: FuserConfig, device: torch.device) -> str | None:
         "c2c::fuse_", device.type.upper()
     ):
         return f"this build has no kernels for {device.type}"
-    return getattr(config, "uncompiled_reason", lambda: None)()
+    return config.uncompiled_reason()
 
 
 def cache_bytes(model: ModelKV, work: Workload) -> int:
@@ -162,10 +163,11 @@ def scratch_bytes(
     h, m, largest = config.hidden_size, config.intermediate_size, 0
     for layer, count, shapes in _open_groups(config, open_streams):
         sharer, receiver = config.layer_shapes(layer)
-        inputs = sharer.width + receiver.width
+        inputs = sharer.width + (receiver.width if config.reads == "both" else 0)
+        weighting, heads = (h, receiver.num_heads) if config.weighting else (0, 0)
         deep = any(name.startswith("deep_w2") for name in shapes)
-        columns = max(inputs, m + h) + h + max(receiver.width, h) + (m + 2 * h)
-        columns += (m + h if deep else 0) + receiver.num_heads + 1
+        columns = max(inputs, m + h) + h + max(receiver.width, h) + (m + h + weighting)
+        columns += (m + h if deep else 0) + heads + 1
         budget = SCRATCH_BYTES // itemsize // columns  # (stream, token) pairs
         rows = min(max(budget, 1), work.rows)
         streams = min(max(budget // rows, 1), count)
@@ -258,7 +260,9 @@ def fuse_work(
         weights = config.num_parameters() * dtype.itemsize
         elements = _reference_matrix_elements(config)
     if open_streams is None:
-        open_streams = [(layer, kind) for layer in range(len(config.layer_map)) for kind in KINDS]
+        open_streams = [
+            (layer, kind) for layer in range(len(config.layer_map)) for kind in config.kinds
+        ]
     shapes = [config.layer_shapes(layer) for layer, _ in open_streams]
     channels = sum(sharer.width + 2 * receiver.width for sharer, receiver in shapes)
     return Work(
@@ -326,7 +330,7 @@ def _open_groups(
     opened = None if open_streams is None else Counter(layer for layer, _ in open_streams)
     groups = []
     for layers, shapes in zip(config.shape_groups(), _folded_shapes(config), strict=True):
-        count = sum(len(KINDS) if opened is None else opened[layer] for layer in layers)
+        count = sum(len(config.kinds) if opened is None else opened[layer] for layer in layers)
         if count:
             groups.append((layers[0], count, shapes))
     return groups
@@ -352,14 +356,14 @@ def _saved_by_group(
         saved = SavedTensors([*group.parameters(), *caches])
         with saved:
             gate = torch.ones((), dtype=work.dtype, device="meta")
-            if training:
+            if training and config.gate:
                 noise = torch.empty_like(caches[1][..., :1])
                 gate = reference.soft_gate(group.gate_logit[0], noise, TEMPERATURE)
             reference.fuse_stream(
                 group.stream(0, dtype=work.dtype),
                 *caches,
                 gate,
-                activation=config.activation,
+                config,
                 dropout=config.dropout if training else 0.0,
             )
         result.append((_group_streams(config, layers), saved.nbytes))

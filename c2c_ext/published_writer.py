@@ -48,8 +48,8 @@ def check_publishable(config: FuserConfig) -> None:
     for name, value in config.variant().items():
         published = FuserConfig.__dataclass_fields__[name].default
         raise ValueError(
-            f"c2c_ext: the published format has only fusers with {name} {published!r}, this one has "
-            f"{value!r:.80}"
+            f"c2c_ext: the published format has only fusers with {name} {published!r}, this one "
+            f"has {value!r:.80}"
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from .config import KINDS
 
 if TYPE_CHECKING:
+    from .config import FuserConfig
     from .fuser import Fuser
 
 RMS_EPS = 1e-6
@@ -118,12 +119,9 @@ def fuse_stream(
     sharer: Tensor,
     base: Tensor,
     gate: Tensor,
+    config: FuserConfig,
     *,
-    activation: str = "gelu",
     dropout: float = 0.0,
-    reads: str = "both",
-    integration: str = "residual",
-    attention_heads: int = 8,
     mapped: Tensor | None = None,
 ) -> Tensor:
     """One stream: projection P, dynamic weighting w, gate; by default ``base + gate * w * P``.
@@ -133,7 +131,8 @@ def fuse_stream(
         sharer: ``[B, Hs, N, Ds]``, the sharer's keys or values, token by token aligned to `base`.
         base: ``[B, Ht, N, Dt]``, the receiver's.
         gate: broadcastable to ``[B, Ht, N, 1]``.
-        activation, dropout, reads, integration, attention_heads: see `FuserConfig`.
+        config: which activation and variant.
+        dropout: probability.
         mapped: bool ``[B, N]``, which tokens have a sharer token; only a transformer asks.
 
     Returns:
@@ -141,7 +140,8 @@ def fuse_stream(
     """
     batch, heads, tokens, dim = base.shape
     s, t = _flatten_heads(sharer), _flatten_heads(base)
-    read = torch.cat([s, t], dim=-1) if reads == "both" else s
+    reads_both = config.reads == "both"
+    read = torch.cat([s, t], dim=-1) if reads_both else s
     weighting: Tensor | float = 1.0
     if w.shared is None:
         p = read
@@ -149,19 +149,19 @@ def fuse_stream(
         if w.attention is None:
             z = F.linear(read, w.in_weight, w.in_bias)
         else:
-            z = attend(s, t if reads == "both" else None, w, attention_heads, mapped)
-        p = z = feed_forward(z, w.shared, activation, dropout)
+            z = attend(s, t if reads_both else None, w, config.attention_heads, mapped)
+        p = z = feed_forward(z, w.shared, config.activation, dropout)
         for block in w.proj:
-            p = feed_forward(p, block, activation, dropout)
+            p = feed_forward(p, block, config.activation, dropout)
         if w.weight is not None:
-            a = feed_forward(z, w.weight, activation, dropout)
+            a = feed_forward(z, w.weight, config.activation, dropout)
             weighting = torch.sigmoid(F.linear(a, w.head_weight, w.head_bias))  # [B, N, Ht]
             weighting = weighting.transpose(1, 2).unsqueeze(-1)
     projected = F.linear(p, w.out_weight, w.out_bias)
     projected = projected.view(batch, tokens, heads, dim).transpose(1, 2)
-    if integration == "residual":
+    if config.integration == "residual":
         return base + gate * weighting * projected
-    if integration == "interpolation":
+    if config.integration == "interpolation":
         return base + gate * weighting * (projected - base)
     return (1 - gate) * base + gate * weighting * projected
 
@@ -219,18 +219,8 @@ def fuse(
             w = fuser.stream(layer, kind, dtype=base.dtype)
             aligned, mapped = _align(source, token_map, base)
             gate = base.new_ones(()) if gates is None else gates[layer][KINDS.index(kind)]
-            out = fuse_stream(
-                w,
-                aligned,
-                base,
-                gate,
-                activation=config.activation,
-                dropout=dropout,
-                reads=config.reads,
-                integration=config.integration,
-                attention_heads=config.attention_heads,
-                mapped=None if mapped is None else mapped[:, 0, :, 0],
-            )
+            seen = None if mapped is None else mapped[:, 0, :, 0]
+            out = fuse_stream(w, aligned, base, gate, config, dropout=dropout, mapped=seen)
             if gates is None and config.gate:
                 # Chosen, not multiplied: a closed stream keeps its bits. The logit as it is, since
                 # a small one is 0 in half precision.

@@ -166,9 +166,8 @@ def set_gates(fuser: Fuser, logits: dict[tuple[int, str], float], default: float
     """Sets every gate logit: ``logits[(layer, kind)]`` or ``default``."""
     with torch.no_grad():
         for group in fuser.groups:
-            for i, layer in enumerate(group.layers):
-                for k, kind in enumerate(("key", "value")):
-                    group.gate_logit[2 * i + k] = logits.get((layer, kind), default)
+            for g in range(len(group.gate_logit)):
+                group.gate_logit[g] = logits.get(group.place(g), default)
 
 
 def make_kv(

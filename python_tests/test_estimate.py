@@ -10,6 +10,7 @@ from conftest import SHAPES, make_caches, make_config, make_fuser, run_op, set_g
 from tiny_models import RECEIVERS, receiver_model, sharer_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, PreTrainedModel
+from variants import COMPILED, EVERY, UNCOMPILED
 
 from c2c_ext import FuserConfig, estimate, probe, reference
 from c2c_ext.config import KINDS, KVShape, ModelKV
@@ -18,6 +19,8 @@ from c2c_ext.facts import read_model
 from c2c_ext.fuser import Fuser
 
 CPU = torch.device("cpu")
+# Variants whose every stream has a gate.
+GATED = {name: v for name, v in EVERY.items() if v.get("gate", True)}
 # 28 layers of 8 x 128 that read 24 layers of 2 x 64: Qwen3-0.6B and Qwen2.5-0.5B.
 REAL = FuserConfig(
     ModelKV("receiver", "", (KVShape(8, 128),) * 28),
@@ -38,23 +41,28 @@ def gates(config: FuserConfig, which: str) -> dict[tuple[int, str], float]:
     return {stream: 1.0 if opened(*stream) else -1.0 for stream in streams}
 
 
+def config_of(name: str, **changes: object) -> FuserConfig:
+    """The configuration of a shape or a variant."""
+    return make_config(**{**(SHAPES | EVERY)[name], **changes})
+
+
 @pytest.mark.parametrize("opened", ["all", "half", "one", "none"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *(GATED.keys() & COMPILED.keys())])
 def test_packed_bytes_are_those_of_the_packed_fuser(shape, opened, dtype):
-    config = make_config(**SHAPES[shape])
+    config = config_of(shape)
     fuser = make_fuser(config)
     set_gates(fuser, gates(config, opened))
     expected = fuser.packed(dtype, CPU).nbytes
     assert estimate.packed_bytes(config, dtype, CPU, fuser.open_streams()) == expected
     if opened == "all":
         assert estimate.packed_bytes(config, dtype, CPU) == expected
-    assert (expected == 0) == (opened == "none")
+    assert (expected == 0) == (fuser.open_streams() == [])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *EVERY])
 def test_parameters_of_a_stream_times_streams_are_all_parameters(shape):
-    config = make_config(**SHAPES[shape])
-    counts = [2 * len(layers) for layers in config.shape_groups()]
+    config = config_of(shape)
+    counts = [len(config.kinds) * len(layers) for layers in config.shape_groups()]
     each = estimate.stream_parameters(config)
     real = sum(p.numel() for p in Fuser(config).parameters())
     assert sum(c * n for c, n in zip(counts, each, strict=True)) == real == config.num_parameters()
@@ -72,11 +80,15 @@ def largest_allocation(fuser: Fuser, base: list, sharer: list) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("opened", ["all", "one"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *COMPILED])
 def test_scratch_is_what_the_op_allocates(shape, opened, dtype):
-    config = make_config(**SHAPES[shape])
+    config = config_of(shape)
     fuser = make_fuser(config)
-    set_gates(fuser, gates(config, opened))
+    if config.gate:
+        set_gates(fuser, gates(config, opened))
+    if not fuser.open_streams():
+        assert estimate.scratch_bytes(config, Workload(2, 5, dtype), CPU, []) == 0
+        return
     base, sharer = make_caches(config, 2, 5, dtype=dtype)
     work = Workload(2, 5, dtype)
     expected = largest_allocation(fuser, base, sharer)
@@ -139,29 +151,35 @@ def kept_by_autograd(config: FuserConfig, work: Workload) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        soft = [
+        soft = config.gate and [
             tuple(
                 reference.soft_gate(
                     fuser.stream(layer, kind).gate_logit,
                     torch.rand_like(base[layer][0][..., :1]),
                     1,
                 )
+                if kind in config.kinds
+                else torch.zeros(())
                 for kind in KINDS
             )
             for layer in range(len(base))
         ]
-        reference.fuse(base, sharer, fuser, gates=soft, dropout=config.dropout)
+        reference.fuse(base, sharer, fuser, gates=soft or None, dropout=config.dropout)
     return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *EVERY])
 def test_activation_bytes_are_what_autograd_keeps(shape, dtype, dropout):
-    config = make_config(**{**SHAPES[shape], "dropout": dropout})
+    config = config_of(shape, dropout=dropout)
     work = Workload(2, 5, dtype)
     expected = kept_by_autograd(config, work)
-    assert estimate.activation_bytes(config, work) == expected
+    estimated = estimate.activation_bytes(config, work)
+    if config.projection == "transformer":  # on meta, attention keeps its probabilities
+        assert expected <= estimated <= 1.1 * expected
+        return
+    assert estimated == expected
     larger = Workload(2, 10, dtype)
     assert estimate.activation_bytes(config, larger) == kept_by_autograd(config, larger) > expected
 
@@ -215,6 +233,16 @@ def test_closed_streams_cost_the_compiled_op_nothing():
     none = estimate.fuse_work(REAL, work, CPU, [])
     assert (none.bytes, none.flop) == (0, 0)
     assert estimate.scratch_bytes(REAL, work, CPU, []) == 0
+
+
+def test_uncompiled_variants_are_estimated_through_the_reference():
+    work = Workload(2, 5, torch.bfloat16)
+    for name in UNCOMPILED:
+        config = config_of(name)
+        assert "no compiled kernels" in estimate.uncompiled_reason(config, CPU)
+        memory = estimate.inference_memory(config, work, CPU, receiver=None, sharer=None)
+        assert memory["packed fuser"] == 0 and memory["scratch"] > 0
+        assert estimate.fuse_work(config, work, CPU).flop > 0
 
 
 def test_the_reference_is_estimated_where_the_op_does_not_run(monkeypatch):
