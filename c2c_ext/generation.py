@@ -1,36 +1,36 @@
 """attach / detach / attached: a transformers receiver whose `generate` answers from a fused cache.
 
 An attached receiver is the same object with a dynamic subclass of its own class. `generate` arms
-one fusion; the first `prepare_inputs_for_generation` of that call prefills both models on the
-prompt without its last token, fuses, fills the cache that `generate` decodes from, and leaves the
-rest of the prompt to the receiver. Everything else of `generate` is transformers' own.
+one fusion; the first `prepare_inputs_for_generation` of that call fuses the prompt
+(prompt_fusion.py). Everything else of `generate` is transformers' own.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from .config import ModelKV
 from .fuser import Fuser
-from .fusion import fuse
-from .generation_arguments import check_prompt_tensors, fused_columns, prompt_shape
+from .generation_arguments import (
+    Settings,
+    check_continuation,
+    check_decoding,
+    check_prompt_tensors,
+    fused_columns,
+    prompt_shape,
+    tokens_held,
+)
+from .prompt_fusion import Prompt, fuse_prompt, holds_fused_prompt
 
 _ATTACHMENT = "_c2c_attachment"
-# Newer versions of transformers trim the inputs to this many tokens; older ones by cache_position.
-_TRIMS_BY_LENGTH = (
-    "next_sequence_length"
-    in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-)
 
 # Ways to decode that never ask for prepared inputs and keep caches of their own.
 _CONTINUOUS_BATCHING = (
@@ -39,18 +39,12 @@ _CONTINUOUS_BATCHING = (
     "continuous_batching_context_manager",
 )
 
-# Tensors about the prompt that the prefills follow, and labels, which generate drops.
-_PROMPT_TENSORS = ("attention_mask", "position_ids", "cache_position", "labels")
-
 
 @dataclass
 class _Call:
     """One call of `generate` on an attached receiver."""
 
-    batch: int  # rows of the prompt, before generate repeats them for beams
-    prompt_length: int
-    columns: Tensor | None  # bool [1 or batch, prompt_length - 1]: which to fuse; None: all
-    position_ids: Tensor | None  # the caller's own, [1 or batch, prompt_length]
+    prompt: Prompt | None  # None: the receiver is to answer alone
     fused: bool = False
     answered_inside: bool = False  # by a generate inside this one
 
@@ -88,7 +82,7 @@ class _Attachment:
     def pending(self) -> _Call | None:
         """This thread's call, if its prompt is not fused yet."""
         call = self.calls.get(threading.get_ident())
-        return None if call is None or call.fused else call
+        return None if call is None or call.prompt is None or call.fused else call
 
 
 class _FusedGeneration:
@@ -106,6 +100,15 @@ class _FusedGeneration:
         Both models read the same token ids. The last prompt token and padding are never fused; a
         prompt of one token generates as the receiver alone does.
 
+        A later turn is given as in transformers: ``input_ids`` of the whole conversation and the
+        ``past_key_values`` that an earlier call on an attached receiver returned. The fused tokens
+        in that cache stay; the new ones are read by the receiver alone.
+
+        With ``guidance_scale``, what the answer is guided away from (``negative_prompt_ids``, by
+        default the last prompt token) is read by the receiver alone, so the fused prompt is
+        contrasted with an unfused one. Returned ``hidden_states`` and ``attentions`` begin at the
+        last prompt token.
+
         Args:
             inputs: token ids ``[B, P]``, also accepted as ``input_ids``.
             positions: the prompt columns to fuse: column indices in ``0 .. P - 2`` (a range, list,
@@ -115,9 +118,11 @@ class _FusedGeneration:
 
         Raises:
             ValueError: an empty prompt; a mask, position ids or ``positions`` that do not fit it;
-                token ids that the sharer's vocabulary lacks; not supported: ``inputs_embeds`` and
-                any other prompt tensor but a mask and position ids, ``use_cache=False``, a cache
-                that already holds tokens, a prompt processed in chunks.
+                token ids that the sharer's vocabulary lacks; a cache whose tokens no attached
+                receiver put there, or more of them than ``input_ids``; not supported:
+                ``inputs_embeds`` and any other prompt tensor but a mask and position ids,
+                ``use_cache=False``, a prompt processed in chunks, contrastive search, DoLa, group
+                and constrained beams, drafting from the prompt's hidden states.
             TypeError: no tensors; ``positions`` neither integers nor bools.
             RuntimeError: a model kept no cache (gradient checkpointing in training mode), or this
                 way of decoding never prepared its inputs.
@@ -128,20 +133,27 @@ class _FusedGeneration:
                 "c2c_ext: inputs_embeds is not supported by an attached receiver: the sharer reads "
                 "token ids"
             )
+        given = args[0] if args else kwargs.get("generation_config")
+        settings = Settings(kwargs, given, self.generation_config)
+        check_decoding(settings, kwargs.get("custom_generate"))
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         batch, length = prompt_shape(ids)
-        position_ids = kwargs.get("position_ids")
-        if ids is not None:
-            check_prompt_tensors(kwargs.get("attention_mask"), position_ids, batch, length)
-        call = _Call(
-            batch=batch,
-            prompt_length=length,
-            columns=fused_columns(positions, batch, length),
-            position_ids=position_ids,
-        )
+        call = _Call(prompt=None)
+        # A model that drafts for itself leaves layers out, and drafts change no answer.
+        if not (settings["is_assistant"] and attachment.pending()):
+            position_ids = kwargs.get("position_ids")
+            if ids is not None:
+                check_prompt_tensors(kwargs.get("attention_mask"), position_ids, batch, length)
+            cache = kwargs.get("past_key_values")
+            held = tokens_held(cache)
+            if held:
+                check_continuation(holds_fused_prompt(cache), positions, held, length)
+            else:
+                columns = fused_columns(positions, batch, length)
+                call.prompt = Prompt(batch, length, columns, position_ids)
         with attachment.armed(call):
             output = super().generate(inputs, *args, **kwargs)
-        if not (call.fused or call.answered_inside):
+        if not (call.prompt is None or call.fused or call.answered_inside):
             raise RuntimeError(
                 "c2c_ext: generate ended without fusing the prompt: this way of decoding does not "
                 "call prepare_inputs_for_generation"
@@ -242,7 +254,9 @@ def _attached_class(original: type) -> type:
         attachment: _Attachment = getattr(self, _ATTACHMENT)
         call = attachment.pending()
         if call is not None:
-            kwargs = _fuse_prompt(self, attachment, call, input_ids, kwargs)
+            kwargs = fuse_prompt(
+                self, attachment.sharer, attachment.fuser, call.prompt, input_ids, kwargs
+            )
             call.fused = True
         return original.prepare_inputs_for_generation(self, input_ids, **kwargs)
 
@@ -274,140 +288,3 @@ def _rebuild(build: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     receiver = build(*arguments)
     receiver.__class__ = _attached_class(type(receiver))
     return receiver
-
-
-def _fuse_prompt(
-    receiver: PreTrainedModel,
-    attachment: _Attachment,
-    call: _Call,
-    input_ids: Tensor,  # [batch * beams, prompt_length or more (drafted tokens)]
-    kwargs: dict[str, Any],
-) -> dict[str, Any]:
-    """Fills the cache to decode from with the fused prompt; returns kwargs for what is left."""
-    if kwargs.get("use_cache") is False:
-        raise ValueError(
-            "c2c_ext: use_cache=False is not supported by an attached receiver: there is no cache "
-            "to fuse"
-        )
-    for name, value in kwargs.items():
-        if isinstance(value, Tensor) and name not in _PROMPT_TENSORS:
-            raise ValueError(
-                f"c2c_ext: {name} is not supported by an attached receiver: its prompt is read as "
-                "token ids alone"
-            )
-    cache = kwargs.get("past_key_values")
-    if cache is None:  # some versions leave the default cache to the model's forward
-        cache = DynamicCache()
-    held = int(cache.get_seq_length())
-    if held:
-        raise ValueError(
-            f"c2c_ext: past_key_values must be empty for an attached receiver, it holds {held} "
-            "tokens"
-        )
-    rows, given = input_ids.shape
-    if given < call.prompt_length:
-        raise ValueError(
-            f"c2c_ext: the first step must see the whole prompt of {call.prompt_length} tokens, "
-            f"got {given}: prefill_chunk_size is not supported by an attached receiver"
-        )
-    length = call.prompt_length - 1
-    if length == 0:
-        return kwargs
-    repeats = rows // call.batch  # beams, return sequences: equal rows stand next to each other
-    mask = kwargs.get("attention_mask")
-    mask = None if mask is None else mask[::repeats, :length]
-    fused = _fused_cache(receiver, attachment, call, input_ids[::repeats, :length], mask)
-    for layer, (key, value) in enumerate(fused):
-        if repeats > 1:
-            key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-        cache.update(key, value, layer)
-        if getattr(cache.layers[layer], "record_past", False):
-            # Assisted decoding makes a sliding layer keep more than its window until it is cropped.
-            cache.layers[layer].crop(0)
-    kwargs = {**kwargs, "past_key_values": cache}
-    if _TRIMS_BY_LENGTH:
-        kwargs["next_sequence_length"] = given - length
-    if not _TRIMS_BY_LENGTH or kwargs.get("cache_position") is not None:
-        kwargs["cache_position"] = torch.arange(length, given, device=input_ids.device)
-    return kwargs
-
-
-def _fused_cache(
-    receiver: PreTrainedModel,
-    attachment: _Attachment,
-    call: _Call,
-    ids: Tensor,  # [batch, n]: the prompt without its last token
-    mask: Tensor | None,  # [batch, n]
-) -> list[tuple[Tensor, Tensor]]:
-    """One fused (key, value) ``[batch, heads, n, dim]`` per receiver layer."""
-    n = ids.shape[1]
-    if call.position_ids is not None:
-        position_ids = call.position_ids[..., :n]
-    elif mask is not None:
-        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    else:
-        position_ids = torch.arange(n, device=ids.device).expand(ids.shape)
-    sharer_ids = _ids_for_sharer(receiver, attachment.sharer, ids, mask)
-    base = _prefill("receiver", receiver, ids, mask, position_ids)
-    shared = _prefill("sharer", attachment.sharer, sharer_ids, mask, position_ids)
-    shared = [(key.to(base[0][0]), value.to(base[0][0])) for key, value in shared]
-    token_map = _token_map(call.columns, mask, ids)
-    # In place: these tensors are ours alone.
-    return fuse(base, shared, attachment.fuser, token_map=token_map, inplace=True)
-
-
-def _prefill(
-    role: str, model: PreTrainedModel, ids: Tensor, mask: Tensor | None, position_ids: Tensor
-) -> list[tuple[Tensor, Tensor]]:
-    """(key, value) ``[batch, heads, n, dim]`` of every layer, sliding ones too."""
-    cache = DynamicCache()  # made without the configuration, so that no layer slides
-    # The base model: no logits are needed, and a compiled forward is left alone.
-    model.base_model(
-        input_ids=ids.to(model.device),
-        attention_mask=None if mask is None else mask.to(model.device),
-        position_ids=position_ids.to(model.device),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    kept = [int(layer.get_seq_length()) for layer in cache.layers]
-    if not kept or min(kept) != ids.shape[1]:
-        cause = (
-            "it is in training mode, where gradient checkpointing makes transformers drop the "
-            "cache: call its eval()"
-            if model.training
-            else "its forward did not fill the past_key_values it was given"
-        )
-        raise RuntimeError(
-            f"c2c_ext: the {role} ({type(model).__name__}) kept no cache of the prompt; {cause}"
-        )
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def _ids_for_sharer(
-    receiver: PreTrainedModel, sharer: PreTrainedModel, ids: Tensor, mask: Tensor | None
-) -> Tensor:
-    """``ids`` with padding replaced by token 0, all inside the sharer's vocabulary."""
-    if mask is not None:  # the receiver's padding token need not exist in the sharer
-        ids = ids.masked_fill(mask == 0, 0)
-    vocabulary = sharer.config.get_text_config(decoder=True).vocab_size
-    if vocabulary >= receiver.config.get_text_config(decoder=True).vocab_size:
-        return ids  # without asking the device
-    largest = int(ids.max())
-    if largest >= vocabulary:
-        raise ValueError(
-            f"c2c_ext: both models read the same tokens: input_ids must be below the sharer's "
-            f"vocabulary size {vocabulary}, got {largest}"
-        )
-    return ids
-
-
-def _token_map(columns: Tensor | None, mask: Tensor | None, ids: Tensor) -> Tensor | None:
-    """int64 ``[batch, n]``: the column itself where it is fused, else -1; None: all are fused."""
-    if columns is None and mask is None:
-        return None
-    fused = torch.ones_like(ids, dtype=torch.bool)
-    if columns is not None:
-        fused &= columns.to(ids.device)
-    if mask is not None:
-        fused &= mask.to(ids.device) != 0
-    return torch.where(fused, torch.arange(ids.shape[1], device=ids.device), -1)

@@ -1,6 +1,7 @@
-"""What an attached receiver's `generate` takes: the checks of the prompt, its mask, its positions.
+"""What an attached receiver's `generate` takes: the prompt, its mask and positions, ways to decode.
 
-Checked before transformers sees them: a wrong shape must not reach a prefill that cuts it to size.
+Checked before transformers sees them: a wrong shape must not reach a prefill that cuts it to size,
+and a way to decode that cannot start from a fused prompt must not be fetched from the hub first.
 """
 
 from __future__ import annotations
@@ -10,6 +11,109 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+_HUB_CODE = "transformers fetches it as code that need not start from the fused prompt"
+_HIDDEN_STATES = "it reads hidden states of the whole prompt, which a fused prompt does not have"
+
+
+class Settings:
+    """The settings of one call of `generate`.
+
+    From its keywords, else its configuration, else the model's; None where none of them has it.
+    """
+
+    def __init__(self, *sources: Any) -> None:
+        self._keywords, *self._configurations = sources
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._keywords:
+            return self._keywords[name]
+        found = (getattr(source, name, None) for source in self._configurations)
+        return next((value for value in found if value is not None), None)
+
+
+def check_decoding(settings: Settings, custom_generate: Any) -> None:
+    """Refuses the ways to decode that do not work from a fused prompt.
+
+    A callable ``custom_generate`` decodes in its own way, whatever the settings say.
+
+    Raises:
+        ValueError: names the setting and the way to decode.
+    """
+    if callable(custom_generate):
+        return
+    beams = settings["num_beams"] or 1
+    top_k = 50 if settings["top_k"] is None else settings["top_k"]  # transformers' default
+    alone = beams == 1 and settings["do_sample"] is not True
+    refused = {
+        "penalty_alpha": (
+            alone and top_k > 1 and (settings["penalty_alpha"] or 0) > 0,
+            "contrastive search",
+            _HIDDEN_STATES,
+        ),
+        "use_mtp": (settings["use_mtp"], "multi-token prediction", _HIDDEN_STATES),
+        "speculation_type": (
+            settings["speculation_type"] is not None,
+            "drafting by the assistant from the receiver's hidden states",
+            _HIDDEN_STATES,
+        ),
+        "dola_layers": (settings["dola_layers"] is not None, "DoLa", _HUB_CODE),
+        "num_beam_groups": (
+            beams > 1 and (settings["num_beam_groups"] or 1) > 1,
+            "group beam search",
+            _HUB_CODE,
+        ),
+        "constraints": (
+            settings["constraints"] is not None,
+            "constrained beam search",
+            _HUB_CODE,
+        ),
+        "force_words_ids": (
+            settings["force_words_ids"] is not None,
+            "constrained beam search",
+            _HUB_CODE,
+        ),
+    }
+    for name, (asked, way, reason) in refused.items():
+        if asked:
+            raise ValueError(
+                f"c2c_ext: {name} ({way}) is not supported by an attached receiver: {reason}"
+            )
+
+
+def tokens_held(cache: Any) -> int:
+    """How many tokens the ``past_key_values`` of generate already hold."""
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def check_continuation(fused: bool, positions: Any, held: int, length: int) -> None:
+    """What goes with a cache that holds tokens already.
+
+    Args:
+        fused: whether an attached receiver filled it.
+        positions: as given to generate.
+        held: tokens in the cache, at least 1.
+        length: tokens of ``input_ids``.
+
+    Raises:
+        ValueError: a cache of another origin, ``positions`` beside it, or nothing new to read.
+    """
+    if not fused:
+        raise ValueError(
+            "c2c_ext: past_key_values must be empty or come from an earlier generate of an "
+            f"attached receiver: the {held} tokens that it holds were not fused (detach to answer "
+            "from them as they are)"
+        )
+    if positions is not None:
+        raise ValueError(
+            f"c2c_ext: positions names what to fuse in an empty cache, past_key_values holds "
+            f"{held} tokens already: a later turn is not fused"
+        )
+    if length <= held:
+        raise ValueError(
+            "c2c_ext: input_ids must be the whole conversation, longer than the "
+            f"{held} tokens that past_key_values holds, got {length}"
+        )
 
 
 def prompt_shape(ids: Any) -> tuple[int, int]:
@@ -36,7 +140,7 @@ def prompt_shape(ids: Any) -> tuple[int, int]:
 
 
 def check_prompt_tensors(attention_mask: Any, position_ids: Any, batch: int, length: int) -> None:
-    """Both speak of the prompt and nothing else: an attached receiver starts from an empty cache.
+    """Both speak of all of ``input_ids`` and nothing else.
 
     Args:
         attention_mask: None or ``[B, P]``.
@@ -91,7 +195,13 @@ def fused_columns(
             f"shape {list(given.shape)}"
         )
     columns = torch.zeros(1, length - 1, dtype=torch.bool)
-    for column in given.tolist():
+    named = given.tolist()
+    if len(named) > 2 and set(named) <= {0, 1}:
+        raise ValueError(
+            f"c2c_ext: positions must be columns or a mask of bools, got {len(named)} integers "
+            "that are all 0 or 1: a mask would be given as bools"
+        )
+    for column in named:
         if length == 1:
             raise ValueError(
                 "c2c_ext: positions must be empty for a prompt of one token, which has nothing to "

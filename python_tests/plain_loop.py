@@ -82,6 +82,28 @@ def sampled(temperature: float):
     return lambda logits, step: torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1)
 
 
+class Processed:
+    """A ``choose`` that sees the logits through ``processors(ids so far, logits)``, as many as given.
+
+    It draws from the default generator or takes the largest; ``scores`` keeps what it saw.
+    """
+
+    def __init__(self, ids: Tensor, processors, *, draw: bool) -> None:
+        self.ids, self.processors, self.draw, self.scores = ids, processors, draw, []
+
+    def __call__(self, logits: Tensor, step: int) -> Tensor:
+        scores = logits.clone()
+        for processor in self.processors:
+            scores = processor(self.ids, scores)
+        self.scores.append(scores)
+        if self.draw:
+            token = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+        else:
+            token = scores.argmax(-1)
+        self.ids = torch.cat([self.ids, token[:, None]], dim=1)
+        return token
+
+
 @torch.no_grad()
 def beam_search(
     receiver, kv: KVLayers, ids: Tensor, steps: int, beams: int

@@ -6,6 +6,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -42,19 +44,44 @@ _SHARER = {
     "num_key_value_heads": 1,
     "head_dim": 16,
 }
-RECEIVERS = {
-    "qwen3": Qwen3Config,
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,  # every layer slides
-    "gemma2": Gemma2Config,  # every other layer slides; soft caps
-}
 SLIDING_WINDOW = 5  # shorter than the prompts of the tests
+_WINDOW = {"sliding_window": SLIDING_WINDOW}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+# Kind of receiver: its configuration and what sets it apart.
+RECEIVERS = {
+    "qwen3": (Qwen3Config, {}),
+    "llama": (LlamaConfig, {}),
+    "mistral": (MistralConfig, _WINDOW),  # every layer slides
+    "gemma2": (Gemma2Config, _WINDOW),  # every other layer slides; soft caps
+    # Two rotary bases; the order of its layers is not that of Gemma 2.
+    "gemma3": (Gemma3TextConfig, {**_WINDOW, "layer_types": [_FULL, _SLIDING, _FULL]}),
+    "qwen2": (  # the last layers slide
+        Qwen2Config,
+        {**_WINDOW, "use_sliding_window": True, "max_window_layers": 1, "hidden_size": 48},
+    ),
+    "gpt_oss": (  # attention sinks, experts
+        GptOssConfig,
+        {
+            **_WINDOW,
+            "layer_types": [_SLIDING, _FULL, _SLIDING],
+            "num_local_experts": 3,
+            "num_experts_per_tok": 2,
+        },
+    ),
+}
+SLIDING = [kind for kind, (_, changes) in RECEIVERS.items() if "sliding_window" in changes]
+
+
+def trio(kind: str = "qwen3", **changes: object) -> tuple[PreTrainedModel, PreTrainedModel, Fuser]:
+    """(receiver, sharer, fuser); ``changes`` to the receiver's configuration."""
+    receiver, sharer = receiver_model(kind, **changes), sharer_model()
+    return receiver, sharer, fuser_between(receiver, sharer)
 
 
 def receiver_model(kind: str = "qwen3", **changes: object) -> PreTrainedModel:
     """A 3-layer receiver; ``kind`` is a key of `RECEIVERS`."""
-    window = {"sliding_window": SLIDING_WINDOW} if kind in ("mistral", "gemma2") else {}
-    return _model(RECEIVERS[kind](**{**_COMMON, **_RECEIVER, **window, **changes}), seed=1)
+    config, own = RECEIVERS[kind]
+    return _model(config(**{**_COMMON, **_RECEIVER, **own, **changes}), seed=1)
 
 
 def sharer_model(**changes: object) -> PreTrainedModel:

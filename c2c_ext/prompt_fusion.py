@@ -1,0 +1,195 @@
+"""The fused prompt: two prefills, one fusion, and the cache of generate filled with the result."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+
+from .fuser import Fuser
+from .fusion import fuse
+
+# Newer versions of transformers trim the inputs to this many tokens; older ones by cache_position.
+_TRIMS_BY_LENGTH = (
+    "next_sequence_length"
+    in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+# Tensors about the prompt that the prefills follow, and labels, which generate drops.
+_PROMPT_TENSORS = ("attention_mask", "position_ids", "cache_position", "labels")
+
+# Set on a cache that a fused prompt went into: it survives copying and pickling the cache, by which
+# a conversation branches or is kept.
+_FUSED = "_c2c_fused"
+
+
+@dataclass
+class Prompt:
+    """What a call of `generate` was given to fuse."""
+
+    batch: int  # rows, before generate repeats them for beams
+    length: int  # tokens of a row
+    columns: Tensor | None  # bool [1 or batch, length - 1]: which to fuse; None: all
+    position_ids: Tensor | None  # the caller's own, [1 or batch, length]
+
+
+def holds_fused_prompt(cache: Any) -> bool:
+    """Whether the tokens that a cache holds are an earlier turn that an attached receiver ran."""
+    return bool(getattr(cache, _FUSED, False))
+
+
+def fuse_prompt(
+    receiver: PreTrainedModel,
+    sharer: PreTrainedModel,
+    fuser: Fuser,
+    prompt: Prompt,
+    input_ids: Tensor,  # [batch * beams, prompt.length or more (drafted tokens)]
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Fills the cache to decode from with the fused prompt.
+
+    Args:
+        input_ids: of the first `prepare_inputs_for_generation` of a call of generate.
+        kwargs: its other arguments.
+
+    Returns:
+        the arguments for what is left of the prompt: its last token and any drafted ones.
+    """
+    if kwargs.get("use_cache") is False:
+        raise ValueError(
+            "c2c_ext: use_cache=False is not supported by an attached receiver: there is no cache "
+            "to fuse"
+        )
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and name not in _PROMPT_TENSORS:
+            raise ValueError(
+                f"c2c_ext: {name} is not supported by an attached receiver: its prompt is read as "
+                "token ids alone"
+            )
+    cache = kwargs.get("past_key_values")
+    if cache is None:  # some versions leave the default cache to the model's forward
+        cache = DynamicCache()
+    held = int(cache.get_seq_length())
+    if held:
+        raise ValueError(
+            f"c2c_ext: past_key_values must be empty when its prompt is to be fused, it holds "
+            f"{held} tokens"
+        )
+    rows, given = input_ids.shape
+    if given < prompt.length:
+        raise ValueError(
+            f"c2c_ext: the first step must see the whole prompt of {prompt.length} tokens, "
+            f"got {given}: prefill_chunk_size is not supported by an attached receiver"
+        )
+    kwargs = {**kwargs, "past_key_values": cache}
+    length = prompt.length - 1
+    if length > 0:
+        repeats = rows // prompt.batch  # beams, return sequences: equal rows stand together
+        mask = kwargs.get("attention_mask")
+        mask = None if mask is None else mask[::repeats, :length]
+        ids = input_ids[::repeats, :length]
+        fused = _fused_cache(receiver, sharer, fuser, prompt, ids, mask)
+        _fill(cache, fused, repeats)
+        if _TRIMS_BY_LENGTH:
+            kwargs["next_sequence_length"] = given - length
+        if not _TRIMS_BY_LENGTH or kwargs.get("cache_position") is not None:
+            kwargs["cache_position"] = torch.arange(length, given, device=input_ids.device)
+    setattr(cache, _FUSED, True)
+    return kwargs
+
+
+def _fill(cache: Any, fused: list[tuple[Tensor, Tensor]], repeats: int) -> None:
+    """Writes ``fused`` into the empty ``cache``, every row ``repeats`` times."""
+    for layer, (key, value) in enumerate(fused):
+        if repeats > 1:
+            key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
+        cache.update(key, value, layer)
+        if getattr(cache.layers[layer], "record_past", False):
+            # Assisted decoding makes a sliding layer keep more than its window until it is cropped.
+            cache.layers[layer].crop(0)
+
+
+def _fused_cache(
+    receiver: PreTrainedModel,
+    sharer: PreTrainedModel,
+    fuser: Fuser,
+    prompt: Prompt,
+    ids: Tensor,  # [batch, n]: the prompt without its last token
+    mask: Tensor | None,  # [batch, n]
+) -> list[tuple[Tensor, Tensor]]:
+    """One fused (key, value) ``[batch, heads, n, dim]`` per receiver layer."""
+    n = ids.shape[1]
+    if prompt.position_ids is not None:
+        position_ids = prompt.position_ids[..., :n]
+    elif mask is not None:
+        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    else:
+        position_ids = torch.arange(n, device=ids.device).expand(ids.shape)
+    sharer_ids = _ids_for_sharer(receiver, sharer, ids, mask)
+    base = _prefill("receiver", receiver, ids, mask, position_ids)
+    shared = _prefill("sharer", sharer, sharer_ids, mask, position_ids)
+    shared = [(key.to(base[0][0]), value.to(base[0][0])) for key, value in shared]
+    token_map = _token_map(prompt.columns, mask, ids)
+    # In place: these tensors are ours alone.
+    return fuse(base, shared, fuser, token_map=token_map, inplace=True)
+
+
+def _prefill(
+    role: str, model: PreTrainedModel, ids: Tensor, mask: Tensor | None, position_ids: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """(key, value) ``[batch, heads, n, dim]`` of every layer, sliding ones too."""
+    cache = DynamicCache()  # made without the configuration, so that no layer slides
+    # The base model: no logits are needed, and a compiled forward is left alone.
+    model.base_model(
+        input_ids=ids.to(model.device),
+        attention_mask=None if mask is None else mask.to(model.device),
+        position_ids=position_ids.to(model.device),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    kept = [int(layer.get_seq_length()) for layer in cache.layers]
+    if not kept or min(kept) != ids.shape[1]:
+        cause = (
+            "it is in training mode, where gradient checkpointing makes transformers drop the "
+            "cache: call its eval()"
+            if model.training
+            else "its forward did not fill the past_key_values it was given"
+        )
+        raise RuntimeError(
+            f"c2c_ext: the {role} ({type(model).__name__}) kept no cache of the prompt; {cause}"
+        )
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _ids_for_sharer(
+    receiver: PreTrainedModel, sharer: PreTrainedModel, ids: Tensor, mask: Tensor | None
+) -> Tensor:
+    """``ids`` with padding replaced by token 0, all inside the sharer's vocabulary."""
+    if mask is not None:  # the receiver's padding token need not exist in the sharer
+        ids = ids.masked_fill(mask == 0, 0)
+    vocabulary = sharer.config.get_text_config(decoder=True).vocab_size
+    if vocabulary >= receiver.config.get_text_config(decoder=True).vocab_size:
+        return ids  # without asking the device
+    largest = int(ids.max())
+    if largest >= vocabulary:
+        raise ValueError(
+            f"c2c_ext: both models read the same tokens: input_ids must be below the sharer's "
+            f"vocabulary size {vocabulary}, got {largest}"
+        )
+    return ids
+
+
+def _token_map(columns: Tensor | None, mask: Tensor | None, ids: Tensor) -> Tensor | None:
+    """int64 ``[batch, n]``: the column itself where it is fused, else -1; None: all are fused."""
+    if columns is None and mask is None:
+        return None
+    fused = torch.ones_like(ids, dtype=torch.bool)
+    if columns is not None:
+        fused &= columns.to(ids.device)
+    if mask is not None:
+        fused &= mask.to(ids.device) != 0
+    return torch.where(fused, torch.arange(ids.shape[1], device=ids.device), -1)
