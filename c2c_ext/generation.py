@@ -79,10 +79,9 @@ class _Attachment:
                 # is still to be fused.
                 outer.answered_inside |= call.fused or call.answered_inside
 
-    def pending(self) -> _Call | None:
-        """This thread's call, if its prompt is not fused yet."""
-        call = self.calls.get(threading.get_ident())
-        return None if call is None or call.prompt is None or call.fused else call
+    def current(self) -> _Call | None:
+        """This thread's call."""
+        return self.calls.get(threading.get_ident())
 
 
 class _FusedGeneration:
@@ -133,14 +132,18 @@ class _FusedGeneration:
                 "c2c_ext: inputs_embeds is not supported by an attached receiver: the sharer reads "
                 "token ids"
             )
+        if kwargs.get("assistant_model") is self:
+            raise ValueError(
+                "c2c_ext: assistant_model must be another model than the attached receiver itself"
+            )
         given = args[0] if args else kwargs.get("generation_config")
         settings = Settings(kwargs, given, self.generation_config)
         check_decoding(settings, kwargs.get("custom_generate"))
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         batch, length = prompt_shape(ids)
         call = _Call(prompt=None)
-        # A model that drafts for itself leaves layers out, and drafts change no answer.
-        if not (settings["is_assistant"] and attachment.pending()):
+        # A model that drafts for itself may leave layers out, and drafts change no answer.
+        if not (settings["is_assistant"] and attachment.current()):
             position_ids = kwargs.get("position_ids")
             if ids is not None:
                 check_prompt_tensors(kwargs.get("attention_mask"), position_ids, batch, length)
@@ -252,8 +255,8 @@ def _attached_class(original: type) -> type:
     @functools.wraps(original.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self: Any, input_ids: Tensor, **kwargs: Any) -> dict:
         attachment: _Attachment = getattr(self, _ATTACHMENT)
-        call = attachment.pending()
-        if call is not None:
+        call = attachment.current()
+        if call is not None and call.prompt is not None and not call.fused:
             kwargs = fuse_prompt(
                 self, attachment.sharer, attachment.fuser, call.prompt, input_ids, kwargs
             )

@@ -104,6 +104,22 @@ class Processed:
         return token
 
 
+class Guided:
+    """Classifier-free guidance (arXiv 2306.17806) away from a prompt that ``model`` reads alone."""
+
+    def __init__(self, model, negative_ids: Tensor | None, scale: float) -> None:
+        self.model, self.scale, self.cache = model, scale, DynamicCache()
+        self.negative_ids = negative_ids  # None: the last prompt token
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        unread = ids[:, -1:]
+        if self.cache.get_seq_length() == 0 and self.negative_ids is not None:
+            unread = self.negative_ids
+        mask = torch.ones(len(ids), self.cache.get_seq_length() + unread.shape[1]).long()
+        away = _step(self.model, self.cache, unread, mask)[:, -1].log_softmax(-1)
+        return away + self.scale * (logits.log_softmax(-1) - away)
+
+
 @torch.no_grad()
 def beam_search(
     receiver, kv: KVLayers, ids: Tensor, steps: int, beams: int
