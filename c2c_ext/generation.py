@@ -28,7 +28,7 @@ from .generation_arguments import (
     prompt_shape,
     tokens_held,
 )
-from .prompt_fusion import Prompt, fuse_prompt, holds_fused_prompt
+from .prompt_fusion import Prompt, fuse_prompt, holds_fused_prompt, read_on
 
 _ATTACHMENT = "_c2c_attachment"
 
@@ -45,8 +45,13 @@ class _Call:
     """One call of `generate` on an attached receiver."""
 
     prompt: Prompt | None  # None: the receiver is to answer alone
-    fused: bool = False
+    held: int = 0  # tokens of it in the cache already: a later turn, not to be fused
+    begun: bool = False
     answered_inside: bool = False  # by a generate inside this one
+
+    @property
+    def fused(self) -> bool:
+        return self.begun and not self.held
 
 
 @dataclass
@@ -148,15 +153,15 @@ class _FusedGeneration:
             if ids is not None:
                 check_prompt_tensors(kwargs.get("attention_mask"), position_ids, batch, length)
             cache = kwargs.get("past_key_values")
-            held = tokens_held(cache)
-            if held:
-                check_continuation(holds_fused_prompt(cache), positions, held, length)
+            call.held, columns = tokens_held(cache), None
+            if call.held:
+                check_continuation(holds_fused_prompt(cache), positions, call.held, length)
             else:
                 columns = fused_columns(positions, batch, length)
-                call.prompt = Prompt(batch, length, columns, position_ids)
+            call.prompt = Prompt(batch, length, columns, position_ids)
         with attachment.armed(call):
             output = super().generate(inputs, *args, **kwargs)
-        if not (call.prompt is None or call.fused or call.answered_inside):
+        if not (call.prompt is None or call.begun or call.answered_inside):
             raise RuntimeError(
                 "c2c_ext: generate ended without fusing the prompt: this way of decoding does not "
                 "call prepare_inputs_for_generation"
@@ -256,11 +261,14 @@ def _attached_class(original: type) -> type:
     def prepare_inputs_for_generation(self: Any, input_ids: Tensor, **kwargs: Any) -> dict:
         attachment: _Attachment = getattr(self, _ATTACHMENT)
         call = attachment.current()
-        if call is not None and call.prompt is not None and not call.fused:
-            kwargs = fuse_prompt(
-                self, attachment.sharer, attachment.fuser, call.prompt, input_ids, kwargs
-            )
-            call.fused = True
+        if call is not None and call.prompt is not None and not call.begun:
+            if call.held:
+                kwargs = read_on(call.prompt, call.held, input_ids, kwargs)
+            else:
+                kwargs = fuse_prompt(
+                    self, attachment.sharer, attachment.fuser, call.prompt, input_ids, kwargs
+                )
+            call.begun = True
         return original.prepare_inputs_for_generation(self, input_ids, **kwargs)
 
     namespace = {

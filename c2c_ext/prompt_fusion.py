@@ -19,8 +19,15 @@ _TRIMS_BY_LENGTH = (
     in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
 
-# Tensors about the prompt that the prefills follow, and labels, which generate drops.
-_PROMPT_TENSORS = ("attention_mask", "position_ids", "cache_position", "labels")
+# Tensors about the prompt that the prefills follow, what says how much of it is left (a tensor if
+# the cache counts in tensors), and labels, which generate drops.
+_PROMPT_TENSORS = (
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "next_sequence_length",
+    "labels",
+)
 
 # Set on a cache that a fused prompt went into: it survives copying and pickling the cache, by which
 # a conversation branches or is kept.
@@ -102,15 +109,39 @@ def fuse_prompt(
     return kwargs
 
 
+def read_on(prompt: Prompt, held: int, input_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the first step of a later turn: what the cache holds is not run again.
+
+    Args:
+        held: tokens in the cache.
+        input_ids: ``[batch, prompt.length or more (drafted tokens)]``, or a first chunk of less.
+    """
+    given = input_ids.shape[1]
+    # Assisted decoding of newer versions takes every first step for the beginning of a cache.
+    if _TRIMS_BY_LENGTH and kwargs.get("next_sequence_length") is None and given >= prompt.length:
+        kwargs = {**kwargs, "next_sequence_length": given - held}
+    return kwargs
+
+
 def _fill(cache: Any, fused: list[tuple[Tensor, Tensor]], repeats: int) -> None:
-    """Writes ``fused`` into the empty ``cache``, every row ``repeats`` times."""
-    for layer, (key, value) in enumerate(fused):
-        if repeats > 1:
-            key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-        cache.update(key, value, layer)
-        if getattr(cache.layers[layer], "record_past", False):
-            # Assisted decoding makes a sliding layer keep more than its window until it is cropped.
-            cache.layers[layer].crop(0)
+    """Writes ``fused`` into the empty ``cache``, every row ``repeats`` times, or nothing."""
+    try:
+        for layer, (key, value) in enumerate(fused):
+            if repeats > 1:
+                key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
+            cache.update(key, value, layer)
+            if getattr(cache.layers[layer], "record_past", False):
+                # Assisted decoding makes a sliding layer keep more than its window until cropped.
+                cache.layers[layer].crop(0)
+    except Exception as error:
+        cache.reset()
+        if type(error) not in (IndexError, RuntimeError, ValueError):
+            raise
+        rows, _, tokens, _ = key.shape
+        raise ValueError(
+            f"c2c_ext: past_key_values cannot take {len(fused)} layers of {rows} rows of {tokens} "
+            f"fused tokens: {error}"
+        ) from error
 
 
 def _fused_cache(

@@ -53,6 +53,14 @@ def fused_prompt(
 
 
 @torch.no_grad()
+def read_on(receiver, kv: KVLayers, ids: Tensor, mask: Tensor | None = None) -> KVLayers:
+    """``kv`` grown to ``ids[:, :-1]``: what it lacks of them is run over it, unfused."""
+    cache, held = cache_of(kv), kv[0][0].shape[2]
+    _step(receiver, cache, ids[:, held:-1], _full(ids, mask)[:, :-1])
+    return kv_of(cache)
+
+
+@torch.no_grad()
 def decode(
     receiver, kv: KVLayers, ids: Tensor, steps: int, *, mask: Tensor | None = None, choose=None
 ) -> Decoded:
@@ -83,7 +91,7 @@ def sampled(temperature: float):
 
 
 class Processed:
-    """A ``choose`` that sees the logits through ``processors(ids so far, logits)``, as many as given.
+    """A ``choose`` that sees the logits through ``processors``, each of (ids so far, logits).
 
     It draws from the default generator or takes the largest; ``scores`` keeps what it saw.
     """
