@@ -78,7 +78,9 @@ def fuse_prompt(
                 "token ids alone"
             )
     cache = kwargs.get("past_key_values")
-    if cache is None:  # some versions leave the default cache to the model's forward
+    if cache is None:
+        # transformers 5.0 leaves the default cache to the model's forward. Without the model's
+        # configuration no layer slides, so that drafted tokens can be taken back.
         cache = DynamicCache()
     held = int(cache.get_seq_length())
     if held:
