@@ -87,6 +87,15 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small lose time to threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def rms(x: Tensor) -> float:
     """Root of the mean square; 0 for an empty tensor."""
     return x.double().square().mean().sqrt().item() if x.numel() else 0.0

@@ -24,6 +24,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from c2c_ext.generation import attached
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module", params=list(tiny_models.RECEIVERS))
 def each_trio(request):
@@ -34,15 +36,6 @@ def each_trio(request):
 @pytest.fixture(scope="module")
 def trio():
     return tiny_models.trio()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

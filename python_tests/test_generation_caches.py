@@ -25,6 +25,8 @@ from transformers import DynamicCache, StaticCache
 
 from c2c_ext.generation import attached
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SAID = prompt(2, 4, seed=9)  # the second turn
 
 

@@ -24,6 +24,8 @@ from transformers import GenerationConfig
 
 from c2c_ext.generation import attach, attached
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PAIRED = prompt(1).repeat(1, 2)  # something to look up
 
 

@@ -29,6 +29,8 @@ from transformers.generation import (
 
 from c2c_ext.generation import attached
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = prompt(2, 6).repeat(1, 2)  # something that must not be repeated again
 LENGTH = ROWS.shape[1]
 OFTEN, NEVER = 81, 5  # tokens: the greedy answer begins with it; it is in no answer here

@@ -18,6 +18,8 @@ from transformers import DynamicCache
 
 from c2c_ext.generation import attached
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WINDOW = tiny_models.SLIDING_WINDOW
 STEPS = 7  # beyond the window even where the prompt is not
 LENGTHS = [2, WINDOW, WINDOW + 1, 3 * WINDOW]
