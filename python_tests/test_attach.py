@@ -12,7 +12,16 @@ import plain_loop
 import pytest
 import tiny_models
 import torch
-from generation_checks import CLOSE, STEPS, VISIBLE, assert_same_run, generate, logits_of, prompt
+from generation_checks import (
+    CLOSE,
+    STEPS,
+    VISIBLE,
+    assert_same_run,
+    assert_visible,
+    generate,
+    logits_of,
+    prompt,
+)
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -140,6 +149,27 @@ def test_a_decoding_loop_that_calls_generate_is_fused(trio):
         output = generate(receiver, ids, custom_generate=nested)
         assert receiver._c2c_attachment.calls == {}
     assert_same_run(output, ids, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads"),
+    [
+        ({}, 1),
+        ({"multi_query": False}, 4),
+        ({"new_decoder_architecture": True, "num_kv_heads": 2}, 4),
+    ],
+    ids=str,
+)
+def test_falcons_heads_are_read_as_its_cache_holds_them(changes, heads):
+    receiver, ids = tiny_models.falcon_model(**changes), prompt()
+    sharer = tiny_models.falcon_model()
+    fuser = tiny_models.fuser_between(receiver, sharer)
+    assert [layer.num_heads for layer in fuser.config.receiver.layers] == [heads] * 2
+    kv = plain_loop.fused_prompt(receiver, sharer, fuser, ids)
+    expected = plain_loop.decode(receiver, kv, ids, STEPS)
+    with attached(receiver, sharer, fuser):
+        assert_same_run(generate(receiver, ids), ids, expected)
+    assert_visible(expected, receiver, ids)
 
 
 def pickled(receiver, protocol: int):

@@ -107,6 +107,7 @@ def test_masks_of_any_dtype_mean_the_same(trio, dtype):
         np.array([2, 3, 4], dtype=np.uint8),
         [np.int64(2), torch.tensor(3), 4],
         torch.tensor([2, 3, 4], dtype=torch.uint8),
+        [4, 2, 3, 2],
         [2 <= column < 5 for column in range(11)],
         np.array([2 <= column < 5 for column in range(11)]),
     ],
@@ -135,6 +136,9 @@ def test_every_form_of_positions_means_the_same(trio, positions):
         (torch.zeros(10, dtype=torch.bool), ValueError, r"\[11\] or \[2, 11\] .* got \[10\]"),
         (torch.zeros(3, 11, dtype=torch.bool), ValueError, r"\[2, 11\] .* got \[3, 11\]"),
         (torch.ones(11, dtype=torch.bool), ValueError, r"marks column 10: the last of the 11"),
+        ([0, 0, 1, 1, 1, 0], ValueError, r"got 6 integers that are all 0 or 1: a mask would be"),
+        (torch.ones(11, dtype=torch.int8), ValueError, r"got 11 integers that are all 0 or 1"),
+        (np.array([0] * 10), ValueError, r"got 10 integers that are all 0 or 1"),
         (["a"], TypeError, r"positions must be a range, .* got list: "),
         ("abc", TypeError, r"positions must be a range, .* got str: "),
         ({1, 2}, TypeError, r"positions must be a range, .* got set: "),
@@ -149,3 +153,15 @@ def test_wrong_positions_are_refused(trio, positions, error, message):
     receiver, sharer, fuser = trio
     with attached(receiver, sharer, fuser), pytest.raises(error, match=message):
         generate(receiver, prompt(), positions=positions)
+
+
+@pytest.mark.parametrize("positions", [[0], [1], [0, 1], (1, 0)], ids=str)
+def test_the_first_two_columns_are_not_mistaken_for_a_mask(trio, positions):
+    receiver, sharer, fuser = trio
+    ids = prompt()
+    columns = torch.tensor([column in positions for column in range(10)])
+    kv = plain_loop.fused_prompt(receiver, sharer, fuser, ids, columns=columns)
+    expected = plain_loop.decode(receiver, kv, ids, 1)
+    with attached(receiver, sharer, fuser):
+        output = generate(receiver, ids, positions=positions, max_new_tokens=1)
+    torch.testing.assert_close(output.logits[0], expected.logits[:, 0], **CLOSE)

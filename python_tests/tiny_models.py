@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
@@ -82,6 +83,12 @@ def receiver_model(kind: str = "qwen3", **changes: object) -> PreTrainedModel:
     """A 3-layer receiver; ``kind`` is a key of `RECEIVERS`."""
     config, own = RECEIVERS[kind]
     return _model(config(**{**_COMMON, **_RECEIVER, **own, **changes}), seed=1)
+
+
+def falcon_model(**changes: object) -> PreTrainedModel:
+    """A 2-layer Falcon, by default with one key-value head for four attention heads."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return _model(FalconConfig(**{**_COMMON, **shape, **changes}), seed=5)
 
 
 def sharer_model(**changes: object) -> PreTrainedModel:
