@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .layer_map import layer_map as resolve_layer_map
+from .messages import shown, shown_name
 from .parameters import parameter_shapes
 
 FORMAT_VERSION = 1
@@ -61,10 +62,13 @@ class KVShape:
         for name in ("num_heads", "head_dim"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"KVShape.{name} must be an integer of at least 1, got {value!r}")
+                raise ValueError(
+                    f"KVShape.{name} must be an integer of at least 1, got {shown(value)}"
+                )
         if self.width > MAX_WIDTH:
             raise ValueError(
-                f"KVShape: num_heads * head_dim must be at most {MAX_WIDTH}, got {self.width}"
+                f"KVShape: num_heads * head_dim must be at most {MAX_WIDTH}, got "
+                f"{shown(self.width)}"
             )
 
     @property
@@ -137,7 +141,7 @@ class ModelKV:
         num_layers = getattr(text, "num_hidden_layers", None)
         if not isinstance(num_layers, int) or not 1 <= num_layers <= MAX_LAYERS:
             raise ValueError(
-                f"{where}: num_hidden_layers must be in 1..{MAX_LAYERS}, got {num_layers}"
+                f"{where}: num_hidden_layers must be in 1..{MAX_LAYERS}, got {shown(num_layers)}"
             )
         layer_types = layer_types or ["full_attention"] * num_layers
         if len(layer_types) < num_layers:
@@ -185,7 +189,7 @@ class ModelKV:
             if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
                 raise ValueError(
                     f"FuserConfig.{field}.kv_layers[{i}] must be [num_heads, head_dim], "
-                    f"got {pair!r}"
+                    f"got {shown(pair)}"
                 )
             try:
                 shapes.append(KVShape(*pair))
@@ -196,7 +200,7 @@ class ModelKV:
             if not isinstance(text, str) or not text.isprintable() or len(text) > MAX_NAME:
                 raise ValueError(
                     f"FuserConfig.{field}.{key} must be a printable string of at most {MAX_NAME} "
-                    f"characters, got {text!r:.80}"
+                    f"characters, got {shown(text)}"
                 )
         return cls(data.get("model_type", ""), data.get("name", ""), tuple(shapes))
 
@@ -269,7 +273,7 @@ class FuserConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 raise ValueError(
-                    f"FuserConfig.{name} must be one of {', '.join(known)}, got {value!r:.80}"
+                    f"FuserConfig.{name} must be one of {', '.join(known)}, got {shown(value)}"
                 )
         _checked_int(self.depth, "depth", 2 if self.projection == "transformer" else 3, MAX_DEPTH)
         dropout = _checked_float(self.dropout, "dropout")
@@ -281,23 +285,23 @@ class FuserConfig:
         if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"FuserConfig.format_version must be {FORMAT_VERSION}, got "
-                f"{self.format_version!r}: written by another version of c2c_ext"
+                f"{shown(self.format_version)}: written by another version of c2c_ext"
             )
 
     def _check_variant(self) -> None:
         kinds = self.kinds
         if isinstance(kinds, str) or not isinstance(kinds, Sequence) or not kinds:
-            raise ValueError(f"FuserConfig.kinds must be a sequence of kinds, got {kinds!r:.80}")
+            raise ValueError(f"FuserConfig.kinds must be a sequence of kinds, got {shown(kinds)}")
         object.__setattr__(self, "kinds", tuple(kinds))
         if self.kinds not in (KINDS, KINDS[:1], KINDS[1:]):
             raise ValueError(
                 f"FuserConfig.kinds must be ('key', 'value'), ('key',) or ('value',), got "
-                f"{kinds!r:.80}"
+                f"{shown(kinds)}"
             )
         for name in ("weighting", "gate"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(
-                    f"FuserConfig.{name} must be true or false, got {getattr(self, name)!r:.80}"
+                    f"FuserConfig.{name} must be true or false, got {shown(getattr(self, name))}"
                 )
         _checked_int(self.attention_heads, "attention_heads", 1, MAX_WIDTH)
         if self.projection == "transformer" and self.hidden_size % self.attention_heads:
@@ -446,13 +450,14 @@ class FuserConfig:
         version = data.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
             raise ValueError(
-                f"FuserConfig.format_version must be {FORMAT_VERSION}, got {version!r}: "
+                f"FuserConfig.format_version must be {FORMAT_VERSION}, got {shown(version)}: "
                 "not a fuser_config.json of this version of c2c_ext"
             )
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(map(str, data)) - known)
+        unknown = [shown_name(key) for key in sorted(set(map(str, data)) - known)]
         if unknown:
-            warnings.warn(f"FuserConfig: unknown keys ignored: {', '.join(unknown)}", stacklevel=2)
+            listed = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+            warnings.warn(f"FuserConfig: unknown keys ignored: {listed}", stacklevel=2)
         for key in ("receiver", "sharer", "layer_map", "hidden_size", "intermediate_size"):
             if key not in data:
                 raise ValueError(f"FuserConfig.{key} is missing")
@@ -460,11 +465,16 @@ class FuserConfig:
         values["receiver"] = ModelKV.from_dict(data["receiver"], "receiver")
         values["sharer"] = ModelKV.from_dict(data["sharer"], "sharer")
         if not isinstance(data["layer_map"], list):
-            raise ValueError(f"FuserConfig.layer_map must be a list, got {data['layer_map']!r}")
+            raise ValueError(
+                f"FuserConfig.layer_map must be a list, got {shown(data['layer_map'])}"
+            )
         values["layer_map"] = tuple(data["layer_map"])
         if not isinstance(data.get("kinds", []), list):
-            raise ValueError(f"FuserConfig.kinds must be a list, got {data['kinds']!r:.80}")
-        return cls(**values)
+            raise ValueError(f"FuserConfig.kinds must be a list, got {shown(data['kinds'])}")
+        try:
+            return cls(**values)
+        except TypeError as error:  # a value of the wrong type: in a file, a wrong value
+            raise ValueError(str(error)) from None
 
 
 def _layer_kv_shape(text: Any, layer: int, layer_type: str, where: str) -> KVShape:
@@ -500,15 +510,15 @@ def _layer_kv_shape(text: Any, layer: int, layer_type: str, where: str) -> KVSha
 
 def _checked_int(value: Any, name: str, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"FuserConfig.{name} must be an int, got {value!r}")
+        raise ValueError(f"FuserConfig.{name} must be an int, got {shown(value)}")
     if not low <= value <= high:
-        raise ValueError(f"FuserConfig.{name} must be in {low}..{high}, got {value}")
+        raise ValueError(f"FuserConfig.{name} must be in {low}..{high}, got {shown(value)}")
     return value
 
 
 def _checked_float(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise ValueError(f"FuserConfig.{name} must be a number, got {value!r:.80}")
+        raise ValueError(f"FuserConfig.{name} must be a number, got {shown(value)}")
     if not abs(value) < 1e9:
-        raise ValueError(f"FuserConfig.{name} must be below 1e9 in size, got {value!r:.80}")
+        raise ValueError(f"FuserConfig.{name} must be below 1e9 in size, got {shown(value)}")
     return float(value)

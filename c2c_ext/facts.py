@@ -17,10 +17,10 @@ import torch
 
 from .config import MAX_LAYERS, FuserConfig, ModelKV, UnsupportedModelError
 from .estimate import ModelSizes, Streams
+from .messages import shown, shown_name
 from .published import PROJECTOR_CONFIG_NAME, load_published, read_published_config
 from .serialization import (
     CONFIG_NAME,
-    MAX_JSON_BYTES,
     WEIGHTS_NAME,
     existing_directory,
     load_fuser,
@@ -32,10 +32,14 @@ TOKENIZER_NAME = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 64 << 20
 MAX_REASON = 300  # characters of another library's message
 MAX_EXPERTS = 4096
+MAX_LABELS = 1 << 16
 MAX_MODULES = 1 << 17  # layers x experts that are built to be counted: seconds
-# Counts of modules: transformers builds one or several for each, or a list of that length.
-_LAYER_COUNT = re.compile(r"(layers?|blocks)$")
-_EXPERT_COUNT = re.compile(r"experts$")
+# Keys of counts, of which transformers builds one or several things each, or a list that long.
+_COUNTS = (
+    (re.compile(r"^(?!vocab)(?!.*label).*(layer|depth|block|stage)"), MAX_LAYERS),
+    (re.compile(r"experts$"), MAX_EXPERTS),
+    (re.compile(r"label"), MAX_LABELS),
+)
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -115,23 +119,29 @@ def read_fuser(place: str | Path) -> FuserFacts:
 def read_model(place: str | Path) -> ModelFacts:
     """Reads the configuration of a model: its directory, or a configuration file.
 
+    The file is data: its ``auto_map`` is not followed and no other file that it names is read.
+
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no model configuration, or a number is missing or out of range.
+        ValueError: it is no configuration of a model that transformers knows, or a number is
+            missing or out of range.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
     path = Path(place)
     file = path if path.is_file() else path / MODEL_CONFIG_NAME
     if not file.is_file():
         raise FileNotFoundError(f"no model at {path}: {MODEL_CONFIG_NAME} is missing")
-    _check_counts(file)
+    data = read_json(file)
+    where = f"{file} is not a model configuration"
+    model_type = data.get("model_type") if isinstance(data, dict) else None
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{where}: model_type {shown(model_type)} is not one of transformers'")
+    _check_counts(data, where)
     try:
-        config: Any = AutoConfig.from_pretrained(
-            file, local_files_only=True, trust_remote_code=False
-        )
+        config: Any = CONFIG_MAPPING[model_type].from_dict(data)
     except Exception as error:  # transformers' own checks raise errors of many kinds
-        raise ValueError(f"{file} is not a model configuration: {_one_line(error)}") from error
+        raise ValueError(f"{where}: {_one_line(error)}") from error
     is_directory = file.name == MODEL_CONFIG_NAME
     config._name_or_path = file.absolute().parent.name if is_directory else file.stem
     kv, unsupported = None, ()
@@ -139,6 +149,10 @@ def read_model(place: str | Path) -> ModelFacts:
         kv = ModelKV.from_config(config)
     except UnsupportedModelError as error:
         unsupported = error.reasons
+    except (ValueError, TypeError):
+        raise
+    except Exception as error:  # parts of a kind that no model has
+        raise ValueError(f"{where}: {type(error).__name__}") from error
     text = config.get_text_config(decoder=True)
     experts = max((_count(text, name) or 0 for name in _EXPERT_FIELDS), default=0)
     sizes, unknown = None, "the architecture is not supported"
@@ -221,29 +235,14 @@ def _model_sizes(config: Any) -> ModelSizes:
     )
 
 
-def _check_counts(file: Path) -> None:
+def _check_counts(data: Any, where: str) -> None:
     """Bounds what a stranger's configuration makes transformers build while reading it."""
-    size = file.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{file} must be at most {MAX_JSON_BYTES} bytes, got {size}")
-    try:
-        data = json.loads(file.read_bytes())
-    except RecursionError as error:
-        raise ValueError(f"{file} is nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(
-            f"{file} is not a model configuration: expected an object, got {type(data).__name__}"
-        )
     for key, value in _numbers(data):
-        limit = None
-        if _LAYER_COUNT.search(key):
-            limit = MAX_LAYERS
-        elif _EXPERT_COUNT.search(key):
-            limit = MAX_EXPERTS
-        if limit is not None and value > limit:
-            raise ValueError(f"{file}: {key} must be at most {limit}, got {value:.6g}")
+        for pattern, limit in _COUNTS:
+            if pattern.search(key) and abs(value) > limit:
+                raise ValueError(
+                    f"{where}: {shown_name(key)} must be at most {limit}, got {shown(value)}"
+                )
 
 
 def _numbers(data: Any, key: str = "") -> Iterator[tuple[str, float]]:
@@ -284,7 +283,5 @@ def _count(config: Any, name: str) -> int | None:
 
 
 def _one_line(error: Exception) -> str:
-    """An error's text on one line, without what a file could do to a terminal."""
-    text = "".join(c if c.isprintable() else " " for c in str(error)) or type(error).__name__
-    text = " ".join(text.split())
-    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."
+    """Another library's message on one line, without what a file could do to a terminal."""
+    return shown_name(" ".join(str(error).split()) or type(error).__name__, MAX_REASON)

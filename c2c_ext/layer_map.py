@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .messages import shown
+
 STRATEGIES = ("last_aligned", "k_nearest", "depth")
 
 
@@ -45,13 +47,13 @@ def layer_map(
         if strategy == "depth":
             return [_nearest([k / s for k in range(s)], i / t) for i in range(t)]
         raise ValueError(
-            f"c2c_ext.layer_map: unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}, "
-            "or a sequence with one sharer layer per receiver layer"
+            f"c2c_ext.layer_map: unknown strategy {shown(strategy)}; known: "
+            f"{', '.join(STRATEGIES)}, or a sequence with one sharer layer per receiver layer"
         )
     if not isinstance(strategy, Sequence):
         raise TypeError(
             "c2c_ext.layer_map: strategy must be a name or a sequence of sharer layers, got "
-            f"{strategy!r}"
+            f"{shown(strategy)}"
         )
     explicit = list(strategy)
     if len(explicit) != t:
@@ -61,10 +63,11 @@ def layer_map(
         )
     for i, k in enumerate(explicit):
         if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"c2c_ext.layer_map: layer_map[{i}] must be an int, got {k!r}")
+            raise TypeError(f"c2c_ext.layer_map: layer_map[{i}] must be an int, got {shown(k)}")
         if not 0 <= k < s:
             raise ValueError(
-                f"c2c_ext.layer_map: layer_map[{i}] must be in 0..{s - 1} (sharer layers), got {k}"
+                f"c2c_ext.layer_map: layer_map[{i}] must be in 0..{s - 1} (sharer layers), got "
+                f"{shown(k)}"
             )
     return explicit
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,9 @@ import torch
 from torch import Tensor
 
 from .config import KINDS, MAX_LAYERS, MAX_WIDTH, FuserConfig, KVShape, ModelKV
-from .serialization import (
-    WEIGHT_DTYPES,
-    assemble,
-    check_finite,
-    check_names,
-    check_shape,
-    existing_directory,
-    existing_file,
-    read_json,
-)
+from .messages import shown, shown_name
+from .serialization import assemble, existing_directory, read_json
+from .state_dict import read_state_dict
 
 if TYPE_CHECKING:
     from .fuser import Fuser
@@ -71,6 +64,9 @@ PUBLISHED_NAMES = {
     "head_bias": "scalar_head.bias",
     "gate_logit": "gate_logit",
 }
+# Layers may share a projector, each with its own copy here; this many bytes more than the files
+# hold, at most.
+MAX_SHARED_BYTES = 1 << 30
 
 
 def load_published(
@@ -86,6 +82,7 @@ def load_published(
 
     states = {index: _read_state(path, index, projectors[index]) for index in projectors}
     dtype = _common_dtype(states)
+    _check_sharing(path, mapping, states, dtype)
     tensors: dict[str, Tensor] = {}
     for g, layers in enumerate(config.shape_groups()):
         streams = [
@@ -126,7 +123,7 @@ def _read_mapping(path: Path) -> list[tuple[int, int]]:
         if not isinstance(pairs, list) or len(pairs) != 1:
             raise ValueError(
                 f"c2c_ext: {path}: receiver layer {layer} must have exactly one "
-                f"[sharer layer, projector] pair, got {pairs!r:.80}"
+                f"[sharer layer, projector] pair, got {shown(pairs)}"
             )
         pair = pairs[0]
         if (
@@ -136,7 +133,7 @@ def _read_mapping(path: Path) -> list[tuple[int, int]]:
         ):
             raise ValueError(
                 f"c2c_ext: {path}: receiver layer {layer}: a pair must be two integers in "
-                f"0..{MAX_LAYERS - 1}, got {pair!r:.80}"
+                f"0..{MAX_LAYERS - 1}, got {shown(pair)}"
             )
         mapping.append((pair[0], pair[1]))
     return mapping
@@ -147,7 +144,7 @@ def _read_arguments(path: Path, index: int) -> dict[str, Any]:
     data = read_json(file)
     if not isinstance(data, Mapping) or data.get("class") != PROJECTOR_CLASS:
         got = data.get("class") if isinstance(data, Mapping) else type(data).__name__
-        raise ValueError(f"c2c_ext: {file}: class must be {PROJECTOR_CLASS!r}, got {got!r:.80}")
+        raise ValueError(f"c2c_ext: {file}: class must be {PROJECTOR_CLASS!r}, got {shown(got)}")
     arguments = data.get("init_args")
     if not isinstance(arguments, Mapping):
         raise ValueError(f"c2c_ext: {file}: init_args must be an object")
@@ -156,11 +153,12 @@ def _read_arguments(path: Path, index: int) -> dict[str, Any]:
         if type(value) is not int or not 1 <= value <= MAX_WIDTH:
             raise ValueError(
                 f"c2c_ext: {file}: init_args.{name} must be an integer in 1..{MAX_WIDTH}, "
-                f"got {value!r:.80}"
+                f"got {shown(value)}"
             )
     unknown = sorted(set(arguments) - set(SHAPE_ARGUMENTS) - set(TRAINING_ARGUMENTS))
     if unknown:
-        warnings.warn(f"c2c_ext: {file}: arguments ignored: {', '.join(unknown)}", stacklevel=4)
+        listed = ", ".join(map(shown_name, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+        warnings.warn(f"c2c_ext: {file}: arguments ignored: {listed}", stacklevel=4)
     return dict(arguments)
 
 
@@ -180,15 +178,10 @@ def _build_config(
                     f"c2c_ext: {path}: projectors must agree on {name}: projector_{first_index} "
                     f"has {first[name]}, projector_{index} has {arguments[name]}"
                 )
-    receiver_shapes = [
-        KVShape(projectors[p]["target_num_heads"], projectors[p]["target_dim"]) for _, p in mapping
-    ]
-    used = {
-        source: KVShape(projectors[p]["source_num_heads"], projectors[p]["source_dim"])
-        for source, p in mapping
-    }
-    for source, p in mapping:
-        shape = KVShape(projectors[p]["source_num_heads"], projectors[p]["source_dim"])
+    receiver_shapes = [_kv_shape(path, p, projectors[p], "target") for _, p in mapping]
+    source_shapes = [_kv_shape(path, p, projectors[p], "source") for _, p in mapping]
+    used = {source: shape for (source, _), shape in zip(mapping, source_shapes, strict=True)}
+    for (source, _), shape in zip(mapping, source_shapes, strict=True):
         if used[source] != shape:
             raise ValueError(
                 f"c2c_ext: {path}: projectors disagree on the KV shape of sharer layer {source}"
@@ -207,17 +200,26 @@ def _build_config(
         # Layers that nothing reads have no recorded shape; they get that of a layer in use.
         spare = used[mapping[0][0]]
         sharer = ModelKV("", "", tuple(used.get(i, spare) for i in range(max(used) + 1)))
-    dropout = first.get("dropout", 0.1)
-    return FuserConfig(
-        receiver=receiver,
-        sharer=sharer,
-        layer_map=tuple(source for source, _ in mapping),
-        hidden_size=first["hidden_dim"],
-        intermediate_size=first["intermediate_dim"],
-        depth=first["num_layers"],
-        activation="gelu",  # the only one the published projector has
-        dropout=dropout,
-    )
+    try:
+        return FuserConfig(
+            receiver=receiver,
+            sharer=sharer,
+            layer_map=tuple(source for source, _ in mapping),
+            hidden_size=first["hidden_dim"],
+            intermediate_size=first["intermediate_dim"],
+            depth=first["num_layers"],
+            activation="gelu",  # the only one the published projector has
+            dropout=first.get("dropout", 0.1),
+        )
+    except ValueError as error:
+        raise ValueError(f"c2c_ext: {path}: {error}") from error
+
+
+def _kv_shape(path: Path, index: int, arguments: Mapping[str, int], side: str) -> KVShape:
+    try:
+        return KVShape(arguments[f"{side}_num_heads"], arguments[f"{side}_dim"])
+    except ValueError as error:
+        raise ValueError(f"c2c_ext: {path / f'projector_{index}.json'}: {side}: {error}") from None
 
 
 def _checked_model(side: str, model_config: Any, shapes: dict[int, KVShape]) -> ModelKV:
@@ -260,58 +262,26 @@ def _published_shapes(arguments: Mapping[str, int]) -> dict[str, tuple[int, ...]
 
 
 def _read_state(path: Path, index: int, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    file = existing_file(path / f"projector_{index}.pt")
-    size = file.stat().st_size
-    if size > MAX_PROJECTOR_BYTES:
-        raise ValueError(f"c2c_ext: {file} must be at most {MAX_PROJECTOR_BYTES} bytes, got {size}")
-    _check_archive(file, size)
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile pickle can make the unpickler fail in any way
-        # Not the loader's own text, which advises to load without weights_only.
-        raise ValueError(
-            f"c2c_ext: {file} is not a state dict of plain tensors: the weights_only loader "
-            f"refused it ({type(error).__name__})"
-        ) from None
-    if not isinstance(state, Mapping) or not all(isinstance(k, str) for k in state):
-        raise ValueError(f"c2c_ext: {file} must hold a dict of tensors, got {type(state).__name__}")
-    expected = _published_shapes(arguments)
-    state = {name: t for name, t in state.items() if name != "gate_temperature"}  # training's
-    check_names(state, expected, str(file))
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor) or tensor.dtype not in WEIGHT_DTYPES.values():
-            raise ValueError(
-                f"c2c_ext: {file}: {name} must be a tensor of dtype {', '.join(WEIGHT_DTYPES)}, "
-                f"got {getattr(tensor, 'dtype', type(tensor).__name__)}"
-            )
-        # An expanded tensor is small on disk and huge once it is written out; a nested one has no
-        # shape to ask for.
-        if (
-            tensor.is_nested
-            or tensor.layout != torch.strided
-            or tensor.is_meta
-            or not tensor.is_contiguous()
-        ):
-            raise ValueError(f"c2c_ext: {file}: {name} must be a dense, contiguous tensor")
-        check_shape(name, tensor.shape, expected[name], str(file))
-    check_finite(state.items(), str(file))
-    return state
+    file = path / f"projector_{index}.pt"
+    # The temperature is training's.
+    return read_state_dict(file, _published_shapes(arguments), ignored=("gate_temperature",))
 
 
-def _check_archive(file: Path, size: int) -> None:
-    """Refuses anything but an uncompressed zip, which cannot unpack to more than it is."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+def _check_sharing(
+    path: Path,
+    mapping: list[tuple[int, int]],
+    states: Mapping[int, Mapping[str, Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    uses = Counter(index for _, index in mapping)
+    extra = sum(
+        (uses[index] - 1) * sum(t.numel() for t in state.values()) * dtype.itemsize
+        for index, state in states.items()
+    )
+    if extra > MAX_SHARED_BYTES:
         raise ValueError(
-            f"c2c_ext: {file} is not a state dict of plain tensors: not a whole zip archive"
-        ) from error
-    unpacked = sum(entry.file_size for entry in entries)
-    if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError(
-            f"c2c_ext: {file} must be an uncompressed archive; its {size} bytes claim to hold "
-            f"{unpacked}"
+            f"c2c_ext: {path / PROJECTOR_CONFIG_NAME}: layers that share a projector would take "
+            f"{extra} bytes more than the files hold, at most {MAX_SHARED_BYTES} are allowed"
         )
 
 

@@ -11,10 +11,13 @@ import os
 import re
 import secrets
 import shutil
+import stat
+import struct
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import VARIANT_FIELDS, FuserConfig
+from .messages import shown, shown_name
 from .model_card import CARD_NAME, CardInfo, card_text, is_own_card
 from .parameters import parameter_shapes
 
@@ -66,7 +70,7 @@ def save_fuser(
     # A single entry: safetensors writes several in no fixed order; equal fusers give equal files.
     metadata = {FINGERPRINT_KEY: _fingerprint(fuser.config)}
     files: dict[Path, Callable[[str], Any]] = {
-        path / WEIGHTS_NAME: lambda temporary: save_file(tensors, temporary, metadata),
+        path / WEIGHTS_NAME: lambda temporary: _save_tensors(tensors, temporary, metadata),
         path / CONFIG_NAME: _text_writer(fuser.config.to_json()),
     }
     readme = path / CARD_NAME
@@ -106,6 +110,13 @@ def _text_writer(text: str) -> Callable[[str], Any]:
     return lambda temporary: Path(temporary).write_bytes(text.encode("utf-8"))
 
 
+def _save_tensors(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # a full disk among others
+        raise OSError(f"c2c_ext: {path} cannot be written: {error}") from error
+
+
 def check_parameters(config: FuserConfig, tensors: dict[str, Tensor]) -> None:
     """Raises ValueError unless `load_fuser` would take these parameters back."""
     expected = dict(parameter_shapes(config))
@@ -126,39 +137,73 @@ def load_fuser(directory: str | os.PathLike) -> Fuser:
     from .fuser import Fuser
 
     path = existing_directory(directory)
-    config = FuserConfig.from_dict(read_json(path / CONFIG_NAME))
-    weights = existing_file(path / WEIGHTS_NAME)
-    expected = dict(parameter_shapes(config))
+    data = read_json(path / CONFIG_NAME)
     try:
-        with safe_open(str(weights), framework="pt") as file:
-            names = set(file.keys())
-            check_names(names, expected.keys(), str(weights))
-            dtypes = set()
-            for name in sorted(names):
-                header = file.get_slice(name)
-                check_shape(name, header.get_shape(), expected[name], str(weights))
-                dtype = header.get_dtype()
-                if dtype not in WEIGHT_DTYPES:
-                    raise ValueError(
-                        f"c2c_ext: {weights}: {name} must be one of {', '.join(WEIGHT_DTYPES)}, "
-                        f"got {dtype}"
-                    )
-                dtypes.add(dtype)
-            if len(dtypes) > 1:
-                raise ValueError(
-                    f"c2c_ext: {weights}: all tensors must have one dtype, got {sorted(dtypes)}"
-                )
-            stamp = (file.metadata() or {}).get(FINGERPRINT_KEY)
-            if stamp is not None and stamp != _fingerprint(config):
-                raise ValueError(
-                    f"c2c_ext: {weights} and {CONFIG_NAME} beside it come from different saves "
-                    f"({stamp} and {_fingerprint(config)})"
-                )
-            tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"c2c_ext: {weights} is not a whole safetensors file: {error}") from error
-    check_finite(tensors.items(), str(weights))
+        config = FuserConfig.from_dict(data)
+    except ValueError as error:
+        raise ValueError(f"c2c_ext: {path / CONFIG_NAME}: {error}") from error
+    tensors = _read_weights(path / WEIGHTS_NAME, config)
+    check_finite(tensors.items(), str(path / WEIGHTS_NAME))
     return assemble(Fuser, config, tensors)
+
+
+def _read_weights(path: Path, config: FuserConfig) -> dict[str, Tensor]:
+    """The parameters of ``config`` from a safetensors file, everything but NaN checked.
+
+    Nothing of a size that the file claims is allocated before it is known to be what ``config``
+    asks for and no more than the file holds.
+    """
+    from .fuser import parameter_shapes
+
+    expected = dict(parameter_shapes(config))
+    most = 8 + MAX_JSON_BYTES + 8 * config.num_parameters()  # float64 is the widest
+    with open_regular(path, most) as weights:
+        header = weights.read(8)
+        header_size = struct.unpack("<Q", header)[0] if len(header) == 8 else 0
+        if header_size > MAX_JSON_BYTES:
+            raise ValueError(
+                f"c2c_ext: {path}: the header must be at most {MAX_JSON_BYTES} bytes, claims "
+                f"{header_size}"
+            )
+        text = weights.read(header_size)
+        try:
+            # The library's own look at the file comes first: it says best what a damaged one lacks.
+            # By descriptor, so that it is the file whose size was checked.
+            with safe_open(f"/proc/self/fd/{weights.fileno()}", framework="pt") as file:
+                parse_json(text, f"the header of {path}")  # the library takes duplicate keys
+                return _checked_tensors(file, config, expected, path)
+        except (SafetensorError, UnicodeError) as error:
+            raise ValueError(
+                f"c2c_ext: {path} is not a whole safetensors file: {shown_name(str(error), 300)}"
+            ) from error
+
+
+def _checked_tensors(
+    file: Any, config: FuserConfig, expected: dict[str, tuple[int, ...]], path: Path
+) -> dict[str, Tensor]:
+    names = set(file.keys())
+    check_names(names, expected.keys(), str(path))
+    dtypes = set()
+    for name in sorted(names):
+        header = file.get_slice(name)
+        check_shape(name, header.get_shape(), expected[name], str(path))
+        dtype = header.get_dtype()
+        if dtype not in WEIGHT_DTYPES:
+            raise ValueError(
+                f"c2c_ext: {path}: {name} must be one of {', '.join(WEIGHT_DTYPES)}, got {dtype}"
+            )
+        dtypes.add(dtype)
+    if len(dtypes) > 1:
+        raise ValueError(f"c2c_ext: {path}: all tensors must have one dtype, got {sorted(dtypes)}")
+    stamp = (file.metadata() or {}).get(FINGERPRINT_KEY)
+    if stamp is not None and stamp != _fingerprint(config):
+        raise ValueError(
+            f"c2c_ext: {path} and {CONFIG_NAME} beside it come from different saves "
+            f"({shown_name(stamp)} and {_fingerprint(config)})"
+        )
+    # Cloned: the library's tensors are views of the mapped file. Overwriting the file would change
+    # the fuser's numbers after they were checked, and truncating it would kill the process.
+    return {name: file.get_tensor(name).clone() for name in names}
 
 
 def assemble(fuser_class: type[Fuser], config: FuserConfig, tensors: dict[str, Tensor]) -> Fuser:
@@ -171,6 +216,10 @@ def assemble(fuser_class: type[Fuser], config: FuserConfig, tensors: dict[str, T
 
 def existing_directory(directory: str | os.PathLike) -> Path:
     """The directory as a Path, or a clear error."""
+    if not isinstance(directory, str | os.PathLike) or not isinstance(os.fspath(directory), str):
+        raise TypeError(
+            f"c2c_ext: a directory must be a str or os.PathLike, got {type(directory).__name__}"
+        )
     path = Path(directory)
     if not path.is_dir():
         raise FileNotFoundError(f"c2c_ext: no fuser directory at {path}")
@@ -184,30 +233,69 @@ def existing_file(path: Path) -> Path:
     return path
 
 
+@contextmanager
+def open_regular(path: Path, limit: int) -> Iterator[BinaryIO]:
+    """A regular file of at most ``limit`` bytes, for reading; symbolic links are followed."""
+    # Asked twice: opening a device can do something, and the name can change hands in between.
+    existing_file(path)
+    # Non-blocking, for a FIFO would wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError(f"c2c_ext: {path} is missing or not a regular file")
+        if status.st_size > limit:
+            raise ValueError(f"c2c_ext: {path} must be at most {limit} bytes, got {status.st_size}")
+        yield file
+
+
 def read_json(path: Path) -> Any:
-    """Parses a small JSON file strictly: bounded size, no duplicate keys, no NaN or infinity."""
-    size = existing_file(path).stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"c2c_ext: {path} must be at most {MAX_JSON_BYTES} bytes, got {size}")
+    """Parses a small JSON file strictly; see `parse_json`."""
+    with open_regular(path, MAX_JSON_BYTES) as file:
+        text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:  # it has grown since
+        raise ValueError(f"c2c_ext: {path} must be at most {MAX_JSON_BYTES} bytes")
+    return parse_json(text, str(path))
+
+
+def parse_json(text: bytes, where: str) -> Any:
+    """Parses JSON strictly: UTF-8 without a mark, no duplicate keys, no NaN or infinity."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         data = dict(pairs)
         if len(data) != len(pairs):
-            seen = [key for key, _ in pairs]
-            twice = sorted({key for key in seen if seen.count(key) > 1})
-            raise ValueError(f"duplicate keys: {', '.join(twice)}")
+            once, twice = set(), {}
+            for key, _ in pairs:
+                if key in once:
+                    twice[key] = None
+                once.add(key)
+            raise ValueError(f"duplicate keys: {_listed(twice)}")
         return data
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
+    def finite(number: str) -> float:
+        if abs(float(number)) == float("inf"):
+            raise ValueError(f"{shown_name(number)} is too large for a number")
+        return float(number)
+
     try:
-        text = path.read_bytes().decode("utf-8")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_constant=refuse,
+            parse_float=finite,
+        )
     except RecursionError as error:
-        raise ValueError(f"c2c_ext: {path} is nested too deeply") from error
+        raise ValueError(f"c2c_ext: {where} is nested too deeply") from error
     except ValueError as error:
-        raise ValueError(f"c2c_ext: {path} is not valid JSON: {error}") from error
+        raise ValueError(f"c2c_ext: {where} is not valid JSON: {error}") from error
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(map(shown_name, names[:4])) + (", ..." if len(names) > 4 else "")
 
 
 def check_names(found: Iterable[str], expected: Iterable[str], where: str) -> None:
@@ -215,15 +303,14 @@ def check_names(found: Iterable[str], expected: Iterable[str], where: str) -> No
     found, expected = set(found), set(expected)
     for problem, names in (("missing", expected - found), ("surplus", found - expected)):
         if names:
-            listed = ", ".join(sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
-            raise ValueError(f"c2c_ext: {where}: {len(names)} {problem} tensors: {listed}")
+            raise ValueError(f"c2c_ext: {where}: {len(names)} {problem} tensors: {_listed(names)}")
 
 
 def check_shape(name: str, shape: Iterable[int], expected: Iterable[int], where: str) -> None:
     """Raises ValueError naming the tensor and both shapes."""
     if list(shape) != list(expected):
         raise ValueError(
-            f"c2c_ext: {where}: {name} must have shape {list(expected)}, got {list(shape)}"
+            f"c2c_ext: {where}: {name} must have shape {list(expected)}, got {shown(list(shape))}"
         )
 
 
@@ -239,8 +326,11 @@ def write_atomically(files: Mapping[Path, Callable[[str], Any]]) -> None:
 
     Each value is called with the name of a temporary file to write. Contents reach the disk before
     names do. If any write fails, every file is as it was; only a crash between two moves can leave
-    some new and some old, each of them whole.
+    some new and some old, each of them whole. A symbolic link is replaced, not written through.
     """
+    for path in files:
+        if path.is_dir() and not path.is_symlink():  # the one move that is sure to fail
+            raise IsADirectoryError(f"c2c_ext: {path} is a directory, not a file to replace")
     temporaries: dict[Path, Path] = {}
     try:
         for path, write in files.items():
