@@ -95,10 +95,16 @@ def clone_cache(cache: Any) -> Any:
         for layer in twin.layers:
             for attribute, value in vars(layer).items():
                 if isinstance(value, Tensor):
-                    setattr(layer, attribute, value.clone())
+                    setattr(layer, attribute, _copied(value))
         return twin
-    pairs = [(key.clone(), value.clone()) for key, value in cache]
+    pairs = [(_copied(key), _copied(value)) for key, value in cache]
     return tuple(pairs) if isinstance(cache, tuple) else pairs
+
+
+def _copied(t: Tensor) -> Tensor:
+    # A pending negation (of conj().imag) survives a clone, and nothing can be written to it then.
+    negated = not torch.compiler.is_compiling() and t.is_neg()
+    return t.resolve_neg() if negated else t.clone()
 
 
 def with_layers(cache: Any, pairs: KVPairs, length: int) -> Any:

@@ -112,7 +112,7 @@ class Fuser(nn.Module):
         super().__init__()
         if not isinstance(config, FuserConfig):
             raise TypeError(f"Fuser: config must be a FuserConfig, got {type(config).__name__}")
-        self.config = config
+        self._config = config
         self.groups = nn.ModuleList(FuserGroup(config, layers) for layers in config.shape_groups())
         self._place = {
             layer: (g, i)
@@ -121,6 +121,27 @@ class Fuser(nn.Module):
         }
         self._watched: dict[int, tuple[Tensor, RemovableHandle]] = {}  # by id
         self._packs: dict[tuple[torch.dtype, torch.device], tuple[Any, Any, PackedFuser]] = {}
+
+    @property
+    def config(self) -> FuserConfig:
+        """What the parameters are of; may be replaced by one that asks for the same shapes."""
+        return self._config
+
+    @config.setter
+    def config(self, config: FuserConfig) -> None:
+        if not isinstance(config, FuserConfig):
+            raise TypeError(f"Fuser: config must be a FuserConfig, got {type(config).__name__}")
+        old = self._config
+        layers = range(len(old.layer_map))
+        if (
+            len(config.layer_map) != len(old.layer_map)
+            or any(config.layer_shapes(i) != old.layer_shapes(i) for i in layers)
+            or dict(parameter_shapes(config)) != dict(parameter_shapes(old))
+        ):
+            raise ValueError(
+                "Fuser: config must ask for the parameters' shapes; for others make a new Fuser"
+            )
+        self._config = config
 
     def stream(self, layer: int, kind: str, dtype: torch.dtype | None = None) -> StreamWeights:
         """Parameter views of one stream.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,13 @@ def fuse(
             "c2c_ext.fuse: inplace=True records no gradient, but gradients are enabled and the "
             "fuser or a cache requires them; call it under torch.no_grad()"
         )
+    if inplace and not torch.compiler.is_compiling():
+        for name, t in _named("receiver", receiver):
+            if t.is_neg():
+                raise ValueError(
+                    f"c2c_ext.fuse: {name} is a view whose negation is pending (conj().imag), "
+                    "which inplace=True cannot write to; call resolve_neg() on it"
+                )
     sharer_view = sharer if token_map is not None else _window(sharer, start, end)
     if wanted or first.device.type != "cpu" or config.uncompiled_reason() is not None:
         _check_fuser_device(fuser, first)
@@ -202,6 +209,13 @@ def _in_transform() -> bool:
         torch.autograd.forward_ad._current_level >= 0
         or torch._C._functorch.maybe_current_level() is not None
     )
+
+
+def _named(side: str, pairs: KVPairs) -> Iterator[tuple[str, Tensor]]:
+    """The names of messages: receiver_keys[0], receiver_values[0], ..."""
+    for i, pair in enumerate(pairs):
+        for which, t in zip(("keys", "values"), pair, strict=True):
+            yield f"{side}_{which}[{i}]", t
 
 
 def _check_fuser_device(fuser: Fuser, first: Tensor) -> None:

@@ -11,7 +11,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kMaxWidth = int64_t{1} << 31;  // so that a product of two sizes fits 64 bits
+constexpr int64_t kMaxWidth = int64_t{1} << 24;  // so that sums of products of sizes fit 64 bits
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -174,7 +174,7 @@ bool same_view(const Extent& a, const Extent& b) {
 void check_overlaps(const std::vector<Tensor>& out_keys, const std::vector<Tensor>& out_values,
                     const std::vector<Tensor>& base_keys, const std::vector<Tensor>& base_values,
                     const std::vector<Tensor>& sharer_keys,
-                    const std::vector<Tensor>& sharer_values) {
+                    const std::vector<Tensor>& sharer_values, const PackedWeights& w) {
   std::vector<Extent> extents;
   const auto add = [&](const char* list, const std::vector<Tensor>& tensors, int64_t first_stream,
                        bool written) {
@@ -191,6 +191,26 @@ void check_overlaps(const std::vector<Tensor>& out_keys, const std::vector<Tenso
   add("receiver_values", base_values, 1, false);
   add("sharer_keys", sharer_keys, -1, false);
   add("sharer_values", sharer_values, -1, false);
+  const auto add_weight = [&](std::string name, const Tensor& t) {  // contiguous: checked before
+    if (t.numel() == 0) return;
+    const auto low = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    const auto high = low + t.numel() * element_size(t.scalar_type());
+    extents.push_back(
+        {low, high, {1, 1, 1, t.numel()}, {0, 0, 0, 1}, &t, std::move(name), -1, false});
+  };
+  for (const auto& [name, t] : {std::pair{"in_weight", &w.in_weight},
+                                {"in_bias", &w.in_bias},
+                                {"w1", &w.w1},
+                                {"w2", &w.w2},
+                                {"branch_w1", &w.branch_w1},
+                                {"out_weight", &w.out_weight},
+                                {"out_bias", &w.out_bias},
+                                {"head_weight", &w.head_weight},
+                                {"head_bias", &w.head_bias}}) {
+    add_weight(name, *t);
+  }
+  for (size_t i = 0; i < w.deep_w2.size(); ++i) add_weight(item("deep_w2", i), w.deep_w2[i]);
+  for (size_t i = 0; i < w.deep_w1.size(); ++i) add_weight(item("deep_w1", i), w.deep_w1[i]);
   std::sort(extents.begin(), extents.end(),
             [](const Extent& a, const Extent& b) { return a.low < b.low; });
   for (size_t i = 0; i < extents.size(); ++i) {
@@ -339,7 +359,6 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
     fail("sharer_keys dim 2 (tokens) must be at least ", s.tokens,
          " (the receiver's tokens) without a token_map, got ", s.sharer_tokens);
   }
-  check_overlaps(out_keys, out_values, base_keys, base_values, sharer_keys, sharer_values);
 
   // Weights.
   const ScalarType compute =
@@ -370,6 +389,7 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
   const int64_t heads = weighted ? s.receiver.heads : 0;
   check_packed("head_weight", w.head_weight, {g, heads, weighted ? h + h : 0});
   check_packed("head_bias", w.head_bias, {g, heads});
+  check_overlaps(out_keys, out_values, base_keys, base_values, sharer_keys, sharer_values, w);
   return call;
 }
 

@@ -107,10 +107,10 @@ REFUSED = [
     (put("sources", drop_last), "sources must have 4 entries (one per stream, as layers), got 3"),
     (put("num_keys", 5), "num_keys must be in 0..4, got 5"),
     (put("num_keys", -1), "num_keys must be in 0..4, got -1"),
-    (put("sharer_heads", 0), "sharer_heads must be in 1..2147483648, got 0"),
-    (put("sharer_dim", 2**62), f"sharer_dim must be in 1..2147483648, got {2**62}"),
-    (put("receiver_heads", -1), "receiver_heads must be in 1..2147483648, got -1"),
-    (put("receiver_dim", 0), "receiver_dim must be in 1..2147483648, got 0"),
+    (put("sharer_heads", 0), "sharer_heads must be in 1..16777216, got 0"),
+    (put("sharer_dim", 2**62), f"sharer_dim must be in 1..16777216, got {2**62}"),
+    (put("receiver_heads", -1), "receiver_heads must be in 1..16777216, got -1"),
+    (put("receiver_dim", 0), "receiver_dim must be in 1..16777216, got 0"),
     (
         put("integration", "sum"),
         "integration must be residual, interpolation or replacement, got sum",
@@ -130,6 +130,10 @@ REFUSED = [
     (
         put("head_bias", lambda t: t[:, :0]),  # as if there were no dynamic weighting
         "branch_w1 dim 1 (packed weight) must equal 24 (the shape group's other weights), got 40",
+    ),
+    (
+        both(put("out_bias", lambda t: t[:, :0]), put("in_weight", lambda t: t[:, :, :4])),
+        "out_bias dim 1 must be a multiple of the receiver heads (2), got 0",
     ),
     (
         put("sharer_heads", 3),
@@ -356,6 +360,27 @@ def test_refusal(mutate, message):
         torch.ops.c2c.fuse_(*arguments.values())
     assert all((t == 7.0).all() for t in flat(out))
     assert all(map(same_bits, flat(base) + flat(sharer), before))
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("in_weight", None), ("head_bias", None), ("deep_w2", 0), ("deep_w1", 0)]
+)
+def test_output_that_overlaps_a_weight_is_refused(name, index):
+    fuser = make_fuser(make_config(depth=4))
+    base, sharer = make_caches(fuser.config, 2, 5, 6)
+    arguments = arguments_of(fuser, clone(base), base, sharer)
+    weight = arguments[name] if index is None else arguments[name][index]
+    out = arguments["out_values"][1]
+    buffer = torch.zeros(weight.numel() + out.numel() - 1)  # they share one element
+    shared = buffer[: weight.numel()].view(weight.shape).copy_(weight)
+    put(name, shared, index)(arguments)
+    put("out_values", buffer[weight.numel() - 1 :].view(out.shape), 1)(arguments)
+    before = buffer.clone()
+    called = name if index is None else f"{name}[{index}]"
+    message = re.escape(f"out_values[1] must not overlap {called}: it is written while")
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.c2c.fuse_(*arguments.values())
+    assert same_bits(buffer, before)
 
 
 def test_unmutated_arguments_are_accepted():

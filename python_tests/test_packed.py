@@ -274,6 +274,26 @@ def test_new_configuration_is_seen():
     assert pack(fuser).activation == "relu"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 17},
+        {"depth": 4},
+        {"receiver": [(4, 4), (4, 4)]},
+        {"sharer": [(2, 2), (2, 2), (2, 2)]},  # the same parameter shapes
+        {"receiver": [(2, 8)], "layer_map": [0]},
+    ],
+)
+def test_configuration_of_other_shapes_is_refused(changes):
+    fuser = make_fuser()
+    before = fuser.config
+    with pytest.raises(ValueError, match="config must ask for the parameters' shapes"):
+        fuser.config = make_config(**changes)
+    with pytest.raises(TypeError, match="config must be a FuserConfig, got dict"):
+        fuser.config = {}
+    assert fuser.config is before
+
+
 def test_swapped_parameters_are_seen():
     fuser = make_fuser()
     pack(fuser)
