@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .config import FuserConfig, KVShape
 from .packed import PackedFuser, pack_fuser
-from .parameters import group_parameter_shapes
+from .parameters import group_parameter_shapes, parameter_shapes
 from .reference import AttentionWeights, BlockWeights, StreamWeights
 
 if TYPE_CHECKING:

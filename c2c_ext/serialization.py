@@ -153,7 +153,6 @@ def _read_weights(path: Path, config: FuserConfig) -> dict[str, Tensor]:
     Nothing of a size that the file claims is allocated before it is known to be what ``config``
     asks for and no more than the file holds.
     """
-    from .fuser import parameter_shapes
 
     expected = dict(parameter_shapes(config))
     most = 8 + MAX_JSON_BYTES + 8 * config.num_parameters()  # float64 is the widest

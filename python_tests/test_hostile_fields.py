@@ -128,7 +128,7 @@ def test_names_are_never_paths(directories, tmp_path):
         assert fuser.config.receiver.name == name
         fuser.save_pretrained(tmp_path / "again")
         assert sorted(p.name for p in (tmp_path / "again").iterdir()) == sorted(
-            ["fuser.safetensors", "fuser_config.json"]
+            ["README.md", "fuser.safetensors", "fuser_config.json"]
         )
     place = directories["published"] / "projector_config.json"
     layers = json.loads(place.read_text())["0"]["1"]

@@ -329,18 +329,21 @@ def hostile(change: dict[str, object] | str) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": 10**12}, "num_hidden_layers must be at most 1024, got 1e+12"),
-        ({"a": [{"num_experts": 10**9}]}, "num_experts must be at most 4096, got 1e+09"),
+        (
+            {"num_hidden_layers": 10**12},
+            "num_hidden_layers must be at most 1024, got 1000000000000",
+        ),
+        ({"a": [{"num_experts": 10**9}]}, "num_experts must be at most 4096, got 1000000000"),
         ({"num_hidden_layers": 2, "layer_types": ["full_attention"]}, "must be equal to|entries"),
         ({"model_type": "\x1b[31mred"}, "is not a model configuration"),
         (
             {"model_type": "red", "auto_map": {"AutoConfig": "evil.Evil"}},
             "is not a model configuration",
         ),
-        ("[1, 2]", "is not a model configuration: expected an object, got list"),
+        ("[1, 2]", "is not a model configuration: model_type None is not one of"),
         ("", "is not valid JSON"),
         ("[" * 100_000, "is nested too deeply"),
-        ('{"model_type": "qwen3", "num_hidden_layers": 1e999}', "must be at most 1024, got inf"),
+        ('{"model_type": "qwen3", "num_hidden_layers": 1e999}', "is not valid JSON"),
         (" " * ((4 << 20) + 1), "must be at most 4194304 bytes, got 4194305"),
     ],
     ids=lambda value: None if isinstance(value, str) else next(iter(value)),

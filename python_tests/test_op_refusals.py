@@ -132,10 +132,6 @@ REFUSED = [
         "branch_w1 dim 1 (packed weight) must equal 24 (the shape group's other weights), got 40",
     ),
     (
-        both(put("out_bias", lambda t: t[:, :0]), put("in_weight", lambda t: t[:, :, :4])),
-        "out_bias dim 1 must be a multiple of the receiver heads (2), got 0",
-    ),
-    (
         put("sharer_heads", 3),
         "sharer_keys[0] dim 1 (heads) must equal 3 (the fuser's sharer heads)",
     ),
