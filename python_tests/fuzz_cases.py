@@ -240,7 +240,10 @@ def wild_cases(draw: st.DrawFn) -> Case:
     for _ in range(draw(st.integers(1, 3))):
         fault = draw(st.sampled_from(FAULTS))
         case.faults.append(fault.__name__)
-        fault(draw, case)
+        try:
+            fault(draw, case)
+        except RuntimeError:  # torch cannot do this to what an earlier fault has made
+            case.faults.pop()
     return case
 
 
