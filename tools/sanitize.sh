@@ -26,8 +26,8 @@ cmake --build "$build/cmake" --parallel "${MAX_JOBS:-2}"
 rm -rf "$tree"
 mkdir -p "$tree"
 cp -r c2c_ext python_tests pyproject.toml "$tree"
-rm -f "$tree"/c2c_ext/_C*.so
-cp "$build"/module/_C*.so "$tree/c2c_ext"
+rm -f "$tree"/c2c_ext/*.so
+cp "$build"/module/*.so "$tree/c2c_ext"
 cd "$tree"
 
 sanitized() { # a command with the sanitizers' libraries in front of all others
@@ -67,7 +67,7 @@ echo "sanitize: both sanitizers see faults, also in torch's memory"
 if [ $# -eq 0 ]; then
   # Not what runs no code of ours, or the same code again through torch's slow compilers.
   set -- -k "not (grad or dropout or opcheck or compiled or transform)"
-  for name in op op_refusals op_dispatch fuse fuse_refusals fuzz instruction_sets; do
+  for name in op op_refusals op_dispatch variants fuse fuse_refusals fuzz instruction_sets; do
     set -- "$@" "python_tests/test_$name.py"
   done
 fi
