@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .config import FuserConfig, ModelKV
+from .config import FuserConfig
 from .fuser import FuserGroup
+from .model_kv import ModelKV
 from .packed import _fold_stream, compute_dtype
 from .parameters import group_parameter_shapes
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from .config import MAX_LAYERS, FuserConfig, ModelKV, UnsupportedModelError
+from .config import FuserConfig
 from .estimate import ModelSizes, Streams
 from .messages import shown, shown_name
+from .model_kv import MAX_LAYERS, ModelKV, UnsupportedModelError
 from .published import PROJECTOR_CONFIG_NAME, load_published, read_published_config
 from .serialization import (
     CONFIG_NAME,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .config import FuserConfig, KVShape
+from .config import FuserConfig
+from .model_kv import KVShape
 from .packed import PackedFuser, pack_fuser
 from .parameters import group_parameter_shapes, parameter_shapes
 from .reference import AttentionWeights, BlockWeights, StreamWeights

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import ops, reference
 from .cache import KVPairs, clone_cache, kv_layers, with_layers
-from .config import KVShape
 from .fuser import Fuser
+from .model_kv import KVShape
 
 CACHE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_TOKENS = 1 << 31  # the op counts tokens in 32 bits

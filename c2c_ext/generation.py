@@ -17,7 +17,6 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
-from .config import ModelKV
 from .fuser import Fuser
 from .generation_arguments import (
     Settings,
@@ -28,6 +27,7 @@ from .generation_arguments import (
     prompt_shape,
     tokens_held,
 )
+from .model_kv import ModelKV
 from .prompt_fusion import Prompt, fuse_prompt, holds_fused_prompt, read_on
 
 _ATTACHMENT = "_c2c_attachment"

@@ -13,7 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .config import FuserConfig, ModelKV
+from .config import FuserConfig
+from .model_kv import ModelKV
 
 CARD_NAME = "README.md"
 # A README.md with this line is ours to replace; one without it is never touched.

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .config import KINDS, KVShape
+from .config import KINDS
+from .model_kv import KVShape
 
 if TYPE_CHECKING:
     from .fuser import Fuser, FuserGroup

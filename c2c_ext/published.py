@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .config import KINDS, MAX_LAYERS, MAX_WIDTH, FuserConfig, KVShape, ModelKV
+from .config import KINDS, FuserConfig
 from .messages import shown, shown_name
+from .model_kv import MAX_LAYERS, MAX_WIDTH, KVShape, ModelKV
 from .serialization import assemble, existing_directory, read_json
 from .state_dict import read_state_dict
 

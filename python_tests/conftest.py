@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from c2c_ext import Fuser, FuserConfig, ops, reference
-from c2c_ext.config import KVShape, ModelKV
+from c2c_ext.model_kv import KVShape, ModelKV
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # The devices that the compiled op has kernels for.

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from c2c_ext import Fuser, FuserConfig
-from c2c_ext.config import KVShape
+from c2c_ext.model_kv import KVShape
 
 HUGE = (2**31, 2**33, 2**63 - 1, -(2**63), 2**70)
 GRAD_MODES = ("no_grad", "inference", "grad")

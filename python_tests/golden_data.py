@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from c2c_ext import Fuser, FuserConfig
-from c2c_ext.config import KVShape, ModelKV
+from c2c_ext.model_kv import KVShape, ModelKV
 
 DIRECTORY = Path(__file__).parent / "golden"
 EVAL_FILES = sorted(path.name for path in DIRECTORY.glob("eval_*.safetensors"))

@@ -20,8 +20,9 @@ from conftest import make_fuser
 from hostile import E2E
 
 from c2c_ext import Fuser
-from c2c_ext.config import MAX_DEPTH, MAX_LAYERS, MAX_WIDTH
+from c2c_ext.config import MAX_DEPTH
 from c2c_ext.info import read_model
+from c2c_ext.model_kv import MAX_LAYERS, MAX_WIDTH
 
 HEADROOM = 1 << 30  # of address space: a larger allocation fails, touched or not
 

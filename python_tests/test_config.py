@@ -14,7 +14,7 @@ import transformers
 from conftest import make_config
 
 from c2c_ext import FuserConfig
-from c2c_ext.config import KVShape, ModelKV
+from c2c_ext.model_kv import KVShape, ModelKV
 
 HEADS = {"num_hidden_layers": 4, "num_attention_heads": 6, "hidden_size": 60}
 

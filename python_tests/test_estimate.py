@@ -13,10 +13,11 @@ from transformers import DynamicCache, PreTrainedModel
 from variants import COMPILED, EVERY, UNCOMPILED
 
 from c2c_ext import FuserConfig, estimate, probe, reference
-from c2c_ext.config import KINDS, KVShape, ModelKV
+from c2c_ext.config import KINDS
 from c2c_ext.estimate import Ceilings, ModelSizes, Work, Workload
 from c2c_ext.facts import read_model
 from c2c_ext.fuser import Fuser
+from c2c_ext.model_kv import KVShape, ModelKV
 
 CPU = torch.device("cpu")
 # Variants whose every stream has a gate.

@@ -15,9 +15,9 @@ from hostile import E2E, LOADERS, good_directories, load, refused
 
 from c2c_ext import FuserConfig
 from c2c_ext.cli import main
-from c2c_ext.config import ModelKV
 from c2c_ext.info import read_model
 from c2c_ext.messages import shown
+from c2c_ext.model_kv import ModelKV
 
 DEEP = "[" * 400 + "]" * 400
 # As JSON text: the module that would write them refuses some.

@@ -12,7 +12,7 @@ for name in {blocked!r}:
 import c2c_ext, torch
 from c2c_ext import cli, generation, info, published, reference, serialization
 from c2c_ext.demo import command
-from c2c_ext.config import KVShape, ModelKV
+from c2c_ext.model_kv import KVShape, ModelKV
 shape = ModelKV("", "", (KVShape(1, 4),))
 fuser = c2c_ext.Fuser(c2c_ext.FuserConfig(shape, shape, (0,), 8, 8))
 cache = [(torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2, 4))]

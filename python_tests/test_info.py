@@ -17,8 +17,8 @@ from conftest import make_config, make_fuser, set_gates
 
 from c2c_ext import Fuser, FuserConfig, estimate, info
 from c2c_ext.cli import main
-from c2c_ext.config import ModelKV
 from c2c_ext.estimate import Ceilings, Workload
+from c2c_ext.model_kv import ModelKV
 
 E2E = Path(__file__).parent / "golden" / "e2e"
 PUBLISHED = E2E / "fuser_s1_k_nearest"

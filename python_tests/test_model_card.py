@@ -14,8 +14,8 @@ from conftest import make_fuser, set_gates
 from huggingface_hub import ModelCard
 
 from c2c_ext import CardInfo, CardMetric, Fuser, FuserConfig
-from c2c_ext.config import KVShape, ModelKV
 from c2c_ext.model_card import CARD_MARKER, CARD_NAME, is_hub_id
+from c2c_ext.model_kv import KVShape, ModelKV
 
 INFO = CardInfo(
     license="apache-2.0",

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from c2c_ext import Fuser, FuserConfig, serialization
-from c2c_ext.config import KVShape, ModelKV
+from c2c_ext.model_kv import KVShape, ModelKV
 
 
 def small_fuser() -> Fuser:
