@@ -153,7 +153,6 @@ def _read_weights(path: Path, config: FuserConfig) -> dict[str, Tensor]:
     Nothing of a size that the file claims is allocated before it is known to be what ``config``
     asks for and no more than the file holds.
     """
-
     expected = dict(parameter_shapes(config))
     most = 8 + MAX_JSON_BYTES + 8 * config.num_parameters()  # float64 is the widest
     with open_regular(path, most) as weights:
@@ -161,8 +160,8 @@ def _read_weights(path: Path, config: FuserConfig) -> dict[str, Tensor]:
         header_size = struct.unpack("<Q", header)[0] if len(header) == 8 else 0
         if header_size > MAX_JSON_BYTES:
             raise ValueError(
-                f"c2c_ext: {path}: the header must be at most {MAX_JSON_BYTES} bytes, claims "
-                f"{header_size}"
+                f"c2c_ext: {path} is not a whole safetensors file: its header must be at most "
+                f"{MAX_JSON_BYTES} bytes, claims {header_size}"
             )
         text = weights.read(header_size)
         try:
