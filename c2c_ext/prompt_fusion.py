@@ -66,11 +66,7 @@ def fuse_prompt(
     Returns:
         the arguments for what is left of the prompt: its last token and any drafted ones.
     """
-    if kwargs.get("use_cache") is False:
-        raise ValueError(
-            "c2c_ext: use_cache=False is not supported by an attached receiver: there is no cache "
-            "to fuse"
-        )
+    _check_use_cache(kwargs)
     for name, value in kwargs.items():
         if isinstance(value, Tensor) and name not in _PROMPT_TENSORS:
             raise ValueError(
@@ -118,11 +114,20 @@ def read_on(prompt: Prompt, held: int, input_ids: Tensor, kwargs: dict[str, Any]
         held: tokens in the cache.
         input_ids: ``[batch, prompt.length or more (drafted tokens)]``, or a first chunk of less.
     """
+    _check_use_cache(kwargs)
     given = input_ids.shape[1]
     # Assisted decoding of newer versions takes every first step for the beginning of a cache.
     if _TRIMS_BY_LENGTH and kwargs.get("next_sequence_length") is None and given >= prompt.length:
         kwargs = {**kwargs, "next_sequence_length": given - held}
     return kwargs
+
+
+def _check_use_cache(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("use_cache") is False:
+        raise ValueError(
+            "c2c_ext: use_cache=False is not supported by an attached receiver: there is no cache "
+            "to fuse"
+        )
 
 
 def _fill(cache: Any, fused: list[tuple[Tensor, Tensor]], repeats: int) -> None:

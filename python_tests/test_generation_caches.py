@@ -155,6 +155,8 @@ def test_what_does_not_go_on_from_a_cache_is_refused(trio):
                 generate(receiver, ids, past_key_values=cache)
         with pytest.raises(ValueError, match=r"attention_mask must be .* = \[2, 21\]"):
             generate(receiver, talk, past_key_values=cache, attention_mask=torch.ones(2, 4))
+        with pytest.raises(ValueError, match="use_cache=False is not supported"):
+            generate(receiver, talk, past_key_values=cache, use_cache=False)
         with pytest.raises(ValueError, match=r"must be empty .* the 10 tokens .* were not fused"):
             generate(receiver, prompt(), past_key_values=foreign)
     torch.testing.assert_close(plain_loop.kv_of(cache), before, rtol=0, atol=0)
