@@ -100,10 +100,11 @@ def fuse(
         )
     if inplace and not torch.compiler.is_compiling():
         for name, t in _named("receiver", receiver):
-            if t.is_neg():
+            if t.is_neg() or t._is_zerotensor():
                 raise ValueError(
-                    f"c2c_ext.fuse: {name} is a view whose negation is pending (conj().imag), "
-                    "which inplace=True cannot write to; call resolve_neg() on it"
+                    f"c2c_ext.fuse: {name} cannot be written to, as inplace=True would: it is a "
+                    "view whose negation is pending (conj().imag) or a constant zero tensor; pass "
+                    "a copy"
                 )
     sharer_view = sharer if token_map is not None else _window(sharer, start, end)
     if wanted or first.device.type != "cpu" or config.uncompiled_reason() is not None:

@@ -122,9 +122,11 @@ def test_views_with_a_pending_negation(grad, fuser):
     for ours, truth in zip(flat(fused), flat(expected), strict=True):
         assert grad or same_bits(ours, truth)
         assert max_abs(ours - truth) < 1e-5
-    message = r"receiver_keys\[0\] is a view whose negation is pending"
-    with torch.no_grad(), pytest.raises(ValueError, match=message):
-        c2c_ext.fuse(*negated, fuser, inplace=True)
+    zeros = [tuple(torch._efficientzerotensor(t.shape) for t in pair) for pair in base]
+    for unwritable in (negated[0], zeros):
+        message = r"receiver_keys\[0\] cannot be written to, as inplace=True would"
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            c2c_ext.fuse(unwritable, sharer, fuser, inplace=True)
 
 
 @pytest.mark.parametrize("grad", [False, True])

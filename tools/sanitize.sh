@@ -30,10 +30,15 @@ rm -f "$tree"/c2c_ext/*.so
 cp "$build"/module/*.so "$tree/c2c_ext"
 cd "$tree"
 
-sanitized() { # a command with the sanitizers' libraries in front of all others
+# pytest captures what a sanitizer says before it aborts: into files, and shown at the end.
+reports=$build/reports
+rm -rf "$reports"
+mkdir -p "$reports"
+trap 'status=$?; [ $status = 0 ] || cat "$reports"/* 2>/dev/null >&2 || true' EXIT
+sanitized() { # sanitizer option, command: runs it with the sanitizers' libraries in front of all others
   LD_PRELOAD=$preload PYTHONPATH=$tree PYTHONMALLOC=malloc OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} \
-    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 \
-    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 "$@"
+    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:$1 \
+    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:$1 "${@:2}"
 }
 
 # ---- would they stop a fault? ------------------------------------------------------------------
@@ -44,7 +49,7 @@ extern "C" int add(int a, int b) { return a + b; }
 FAULTS
 fault() { # what it must say, Python statement
   local log=$build/fault.log
-  if sanitized "$python" -c "
+  if sanitized log_path=stderr "$python" -c "
 import ctypes, torch
 faults = ctypes.CDLL('$build/faults.so')
 faults.read_at.argtypes = [ctypes.c_void_p, ctypes.c_int64]
@@ -57,7 +62,7 @@ $2" >"$log" 2>&1; then
 }
 fault "heap-buffer-overflow" "faults.read_at(tensor.data_ptr(), 24)"
 fault "signed integer overflow" "faults.add(2**31 - 1, 1)"
-sanitized "$python" -c "
+sanitized log_path=stderr "$python" -c "
 import c2c_ext
 assert c2c_ext.__file__.startswith('$tree'), c2c_ext.__file__
 assert '-fsanitize=address,undefined' in c2c_ext.build_info()['flags']"
@@ -71,4 +76,4 @@ if [ $# -eq 0 ]; then
     set -- "$@" "python_tests/test_$name.py"
   done
 fi
-sanitized "$python" -m pytest -q -p no:cacheprovider "$@"
+sanitized "log_path=$reports/report" "$python" -m pytest -q -p no:cacheprovider "$@"
