@@ -23,7 +23,7 @@ for version in "$@"; do
   tools/test_installed.sh "$python" ".venv-$version" "transformers==$version" 2>&1 | tee "$log" ||
     { status=FAILED && failed=1; }
   closing=$(grep -E '[0-9]+ (passed|failed|error)' "$log" | tail -1 | tr -d '=' || true)
-  echo "$version|$status|${closing:-no tests were run}" >>"$work/table"
+  echo "$version|$status|${closing:-did not finish}" >>"$work/table"
 done
 
 echo
