@@ -21,7 +21,7 @@ KINDS = ("list", "tuple", "DynamicCache")
 LAYOUTS = ("contiguous", "tokens first", "offset", "steps", "dim first", "negated", "expanded")
 
 
-@dataclass
+@dataclass(repr=False)
 class Case:
     """One call of `c2c_ext.fuse`. Pairs may hold anything once a fault has been put in."""
 
@@ -32,6 +32,12 @@ class Case:
     keywords: dict[str, Any] = field(default_factory=dict)
     grad_mode: str = "no_grad"
     faults: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return (
+            f"Case({self.fuser!r:.300}\n{described(self.receiver)}\n{described(self.sharer)}\n"
+            f"{self.kinds} {described(self.keywords)} {self.grad_mode} {self.faults})"
+        )
 
     def caches(self) -> tuple[Any, Any]:
         """The two arguments, of their kinds, on the very tensors of the pairs."""
@@ -44,6 +50,18 @@ class Case:
             for pair in pairs:
                 found += [t for t in pair if isinstance(t, Tensor)] if pair else []
         return [t for t in found if t.layout == torch.strided and t.device.type == "cpu"]
+
+
+def described(value: Any) -> str:
+    """A repr that does not write out tensors, which may be expanded to any size."""
+    if isinstance(value, Tensor):
+        stride = value.stride() if value.layout == torch.strided else value.layout
+        return f"<{list(value.shape)} {value.dtype} {value.device} {stride}>"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(described, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {described(v)}" for k, v in value.items()) + "}"
+    return f"{value!r:.100}"
 
 
 def as_kind(kind: str, pairs: KVPairs) -> Any:

@@ -27,7 +27,7 @@ from conftest import (
     run_reference,
     same_bits,
 )
-from fuzz_cases import Case, changed_argument, right_cases, wild_cases
+from fuzz_cases import Case, changed_argument, described, right_cases, wild_cases
 from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -154,7 +154,6 @@ def together(tensors: list[Tensor]) -> Tensor:
 
 def check(case: Case, may_fail: bool) -> str:
     """What became of the call: "fused" or "refused"."""
-    note(f"{case.kinds} {case.grad_mode} {case.faults} {case.keywords}")
     receiver, sharer = case.caches()
     bits = Bits(case.tensors())
     try:
@@ -209,7 +208,7 @@ def test_wild_arguments_of_the_op_change_no_input(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 3))):
         name = data.draw(st.sampled_from(OP_ARGUMENTS))
         arguments[name] = changed_argument(data.draw, arguments[name], tensors)
-        note(f"{name} = {arguments[name]!r:.300}")
+        note(f"{name} = {described(arguments[name])}")
     bits = Bits(tensors)
     try:
         torch.ops.c2c.fuse_(*arguments.values())

@@ -34,7 +34,7 @@ cd "$tree"
 reports=$build/reports
 rm -rf "$reports"
 mkdir -p "$reports"
-trap 'status=$?; [ $status = 0 ] || cat "$reports"/* 2>/dev/null >&2 || true' EXIT
+trap 'status=$?; [ $status = 0 ] || cat "$reports"/* >&2 2>/dev/null || true' EXIT
 sanitized() { # sanitizer option, command: runs it with the sanitizers' libraries in front of all others
   LD_PRELOAD=$preload PYTHONPATH=$tree PYTHONMALLOC=malloc OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} \
     ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:$1 \
