@@ -31,7 +31,9 @@ _CHOICES = {
     "reads": READS,
     "integration": INTEGRATIONS,
 }
-MAX_DEPTH = 64  # as MAX_LAYERS: a stranger's file must not ask for anything
+# As MAX_LAYERS: a stranger's file must not ask for anything.
+MAX_DEPTH = 32
+MAX_SHAPE_GROUPS = 32
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,12 @@ class FuserConfig:
         object.__setattr__(self, "dropout", dropout)
         object.__setattr__(self, "gate_init", _checked_float(self.gate_init, "gate_init"))
         self._check_variant()
+        groups = len(self.shape_groups())
+        if groups > MAX_SHAPE_GROUPS:
+            raise ValueError(
+                f"FuserConfig: layers must have at most {MAX_SHAPE_GROUPS} different pairs of KV "
+                f"shapes, got {groups}"
+            )
         if type(self.format_version) is not int or self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"FuserConfig.format_version must be {FORMAT_VERSION}, got "
@@ -214,13 +222,23 @@ class FuserConfig:
         """Parameters of a fuser with this configuration, gates included."""
         return sum(math.prod(shape) for _, shape in parameter_shapes(self))
 
+    def settings(self) -> dict[str, Any]:
+        """The fields that matter to this fuser beside models and layer map, by name."""
+        names = ["projection", "reads", "integration", "kinds", "weighting", "gate"]
+        if self.projection != "linear":
+            names += ["hidden_size", "intermediate_size", "depth", "activation", "dropout"]
+        if self.projection == "transformer":
+            names.append("attention_heads")
+        if self.gate:
+            names.append("gate_init")
+        return {name: getattr(self, name) for name in names}
+
     def variant(self) -> dict[str, Any]:
         """The fields by which this fuser differs from the published architecture; often empty."""
-        names = [f.name for f in fields(self) if f.name in VARIANT_FIELDS]
         default = {f.name: f.default for f in fields(self)}
-        if self.projection != "transformer":
-            names.remove("attention_heads")
-        return {n: getattr(self, n) for n in names if getattr(self, n) != default[n]}
+        settings = self.settings()
+        names = [name for name in VARIANT_FIELDS if name in settings]
+        return {n: settings[n] for n in names if settings[n] != default[n]}
 
     def uncompiled_reason(self) -> str | None:
         """Why `c2c_ext.reference` runs this fuser; None if the compiled op does."""

@@ -51,8 +51,10 @@ def convert(
     """
     path, target = existing_directory(source), Path(destination)
     to = _target_format(path, to)
-    if path.resolve() == target.resolve():
-        raise FileExistsError(f"c2c_ext: destination must be another directory than source {path}")
+    if target.resolve().is_relative_to(path.resolve()):
+        raise FileExistsError(
+            f"c2c_ext: destination must be another directory than source {path}, and not inside it"
+        )
     if to == PUBLISHED:
         for name, value in (("receiver", receiver), ("sharer", sharer)):
             if value is not None:

@@ -127,7 +127,7 @@ def read_model(place: str | Path) -> ModelFacts:
         ValueError: it is no configuration of a model that transformers knows, or a number is
             missing or out of range.
     """
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     path = Path(place)
     file = path if path.is_file() else path / MODEL_CONFIG_NAME
@@ -145,9 +145,18 @@ def read_model(place: str | Path) -> ModelFacts:
         raise ValueError(f"{where}: {_one_line(error)}") from error
     is_directory = file.name == MODEL_CONFIG_NAME
     config._name_or_path = file.absolute().parent.name if is_directory else file.stem
+    for name in ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads"):
+        number = data.get(name, 1)
+        if isinstance(number, int) and number < 1:
+            raise ValueError(f"{where}: {name} must be at least 1, got {shown(number)}")
     kv, unsupported = None, ()
     try:
-        kv = ModelKV.from_config(config)
+        layout = ModelKV.from_config(config)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UnsupportedModelError(
+                f"c2c_ext: model type {model_type!r} has no causal language model in transformers"
+            )
+        kv = layout
     except UnsupportedModelError as error:
         unsupported = error.reasons
     except (ValueError, TypeError):

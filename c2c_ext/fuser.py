@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import weakref
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from .config import FuserConfig
 from .model_kv import KVShape
 from .packed import PackedFuser, pack_fuser
-from .parameters import group_parameter_shapes, parameter_shapes
+from .parameters import ATTENTION_NAMES, group_parameter_shapes, parameter_shapes
 from .reference import AttentionWeights, BlockWeights, StreamWeights
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class FuserGroup(nn.Module):
             return None if parts[0] is None else BlockWeights(*parts)
 
         proj = [at(f"proj_{part}") for part in ("norm", "w1", "w2")]
-        attention = {f.name: at(f.name) for f in fields(AttentionWeights)}
+        attention = {name: at(name) for name in ATTENTION_NAMES}
         return StreamWeights(
             in_weight=at("in_weight"),
             in_bias=at("in_bias"),

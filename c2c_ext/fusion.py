@@ -110,11 +110,15 @@ def fuse(
     if wanted or first.device.type != "cpu" or config.uncompiled_reason() is not None:
         _check_fuser_device(fuser, first)
         base = _window(receiver, start, end)
+        if inplace and not torch.compiler.is_compiling():
+            ops.check_inplace(base, sharer_view)
         fused = reference.fuse(base, sharer_view, fuser, token_map=token_map)
         if inplace:
-            for pair, new_pair in zip(base, fused, strict=True):
-                for old, new in zip(pair, new_pair, strict=True):
-                    old.copy_(new)
+            # Inference tensors can only be written in inference mode; it is the same for others.
+            with torch.inference_mode(not torch.compiler.is_compiling()):
+                for pair, new_pair in zip(base, fused, strict=True):
+                    for old, new in zip(pair, new_pair, strict=True):
+                        old.copy_(new)
             return receiver_cache
         return with_layers(receiver_cache, _spliced(receiver, fused, start, end), length)
 
@@ -122,6 +126,8 @@ def fuse(
     result = receiver_cache if inplace else clone_cache(receiver_cache)
     target = receiver if inplace else kv_layers(result, "receiver_cache")
     base = _window(target, start, end)
+    if inplace and not packed.groups and not torch.compiler.is_compiling():
+        ops.check_inplace(base, sharer_view)  # no gate is open: the op is not called
     ops.fuse_(base, base, sharer_view, packed, token_map=token_map)
     if inplace and not torch.compiler.is_compiling():
         written = [t for pair in receiver for t in pair if not t.is_inference()]

@@ -228,6 +228,11 @@ def _tensor_of(positions: Any) -> Tensor:
             "c2c_ext: positions must be a range, list, tuple, array or tensor of int64 columns or "
             f"bools, got {type(positions).__name__}: {error}"
         ) from error
+    if given.layout != torch.strided or given.is_meta:
+        raise TypeError(
+            "c2c_ext: positions must be a dense tensor that holds numbers, got "
+            f"{given.layout} on {given.device}"
+        )
     if given.numel() == 0 and given.ndim == 1:
         given = given.long()  # an empty list is float32
     if given.is_floating_point() or given.is_complex():

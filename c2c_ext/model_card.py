@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -194,18 +194,12 @@ def _pair(config: FuserConfig) -> str:
 def _architecture(
     config: FuserConfig, open_streams: Sequence[tuple[int, str]], num_parameters: int, dtype: str
 ) -> str:
-    shown_elsewhere = ("receiver", "sharer", "layer_map", "format_version")
-    rows = [
-        [f"`{f.name}`", _text(getattr(config, f.name))]
-        for f in fields(config)
-        if f.name not in shown_elsewhere
-    ]
-    layers = len(config.layer_map)
-    gates = [f"{_count(open_streams, kind)} of {layers} ({kind}s)" for kind in ("key", "value")]
-    rows += [
-        ["parameters", f"{num_parameters:,} ({dtype})"],
-        ["open gates", ", ".join(gates)],
-    ]
+    rows = [[f"`{name}`", _text(value)] for name, value in config.settings().items()]
+    rows.append(["parameters", f"{num_parameters:,} ({dtype})"])
+    if config.gate:
+        layers = len(config.layer_map)
+        gates = [f"{_count(open_streams, k)} of {layers} ({k}s)" for k in config.kinds]
+        rows.append(["open gates", ", ".join(gates)])
     return _table(["", ""], rows)
 
 

@@ -14,6 +14,14 @@ from .messages import shown
 MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 18
 MAX_NAME = 256
+# Encoders that transformers also offers with a language-model head: decoders only where the
+# configuration says so, their tokens see one another in both directions otherwise.
+ENCODER_TYPES = frozenset(
+    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert "
+    "roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod".split()
+)
+# Language models whose forward fills no cache that it is given.
+CACHELESS_TYPES = frozenset({"openai-gpt", "reformer", "xlm", "xlnet"})
 
 
 class UnsupportedModelError(ValueError):
@@ -94,6 +102,10 @@ class ModelKV:
         reasons = []
         if getattr(config, "is_encoder_decoder", False):
             reasons.append(f"{where} is an encoder-decoder model, not a decoder-only one")
+        if model_type in ENCODER_TYPES and not getattr(text, "is_decoder", False):
+            reasons.append(f"{where} is an encoder (is_decoder is false), not a decoder-only model")
+        if model_type in CACHELESS_TYPES:
+            reasons.append(f"{where} fills no cache of keys and values")
         if getattr(text, "kv_lora_rank", None):
             reasons.append(
                 f"{where} uses multi-head latent attention (kv_lora_rank={text.kv_lora_rank}): "

@@ -18,7 +18,12 @@ except ImportError as error:
         f"The loader said: {error}"
     ) from error
 
-__all__ = ["_C", "fuse_", "group_arguments"]
+__all__ = ["_C", "check_inplace", "fuse_", "group_arguments"]
+
+
+@torch.library.register_fake("c2c::check_inplace")
+def _check_inplace_fake(*_: object) -> None:
+    """Tensors without memory cannot overlap."""
 
 
 @torch.library.register_fake("c2c::fuse_")
@@ -34,6 +39,22 @@ def _fuse_fake(*args: object) -> None:
             "c2c_ext.fuse: caches, token_map and weights must be on one device, got "
             + ", ".join(sorted(map(str, devices)))
         )
+
+
+def check_inplace(
+    receiver: Sequence[tuple[Tensor, Tensor]], sharer: Sequence[tuple[Tensor, Tensor]]
+) -> None:
+    """Refuses what cannot be written in place: views that overlap themselves or one another.
+
+    Args:
+        receiver: one (key, value) per receiver layer ``[B, Ht, N, Dt]``, to be written.
+        sharer: one per sharer layer, only read.
+
+    Raises:
+        RuntimeError: as `fuse_`; names both tensors.
+    """
+    pairs = (*zip(*receiver, strict=True), *zip(*sharer, strict=True))
+    torch.ops.c2c.check_inplace(*map(list, pairs))
 
 
 def group_arguments(

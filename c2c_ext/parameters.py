@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from .config import FuserConfig
 
 ATTENTION_MAPS = ("query_weight", "key_weight", "value_weight", "merge_weight")
+ATTENTION_NAMES = (
+    *("source_weight", "source_bias", "query_norm", "source_norm"),
+    *ATTENTION_MAPS,
+)
 
 
 def group_parameter_shapes(config: FuserConfig, layers: list[int]) -> dict[str, tuple[int, ...]]:

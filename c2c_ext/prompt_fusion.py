@@ -29,8 +29,9 @@ _PROMPT_TENSORS = (
     "labels",
 )
 
-# Set on a cache that a fused prompt went into: it survives copying and pickling the cache, by which
-# a conversation branches or is kept.
+# Set on a cache that a fused prompt went into: (layer, column, the keys fused there, one row per
+# row of the cache). It survives copying and pickling the cache, by which a conversation branches or
+# is kept, but not another prompt in its place.
 _FUSED = "_c2c_fused"
 
 
@@ -45,8 +46,22 @@ class Prompt:
 
 
 def holds_fused_prompt(cache: Any) -> bool:
-    """Whether the tokens that a cache holds are an earlier turn that an attached receiver ran."""
-    return bool(getattr(cache, _FUSED, False))
+    """Whether the tokens that a cache holds are an earlier turn that an attached receiver ran.
+
+    Where a layer still holds the prompt's last fused token, its keys are compared with those that
+    were written: a cache may have been reset, and filled by something else.
+    """
+    mark = getattr(cache, _FUSED, None)
+    if mark is None:
+        return False
+    if mark is True:  # nothing to compare: a prompt of one token, or no layer keeps all tokens
+        return True
+    layer, column, written = mark
+    keys = cache.layers[layer].keys
+    if keys.dim() != 4 or keys.shape[2] <= column or keys.shape[1::2] != written.shape[1:]:
+        return False
+    now = keys[:1, :, column].to(written)  # rows may have been reordered since, or selected
+    return bool((now == written).flatten(1).all(1).any())
 
 
 def fuse_prompt(
@@ -103,8 +118,16 @@ def fuse_prompt(
             kwargs["next_sequence_length"] = given - length
         if not _TRIMS_BY_LENGTH or kwargs.get("cache_position") is not None:
             kwargs["cache_position"] = torch.arange(length, given, device=input_ids.device)
-    setattr(cache, _FUSED, True)
+    setattr(cache, _FUSED, _mark(cache, length))
     return kwargs
+
+
+def _mark(cache: Any, length: int) -> Any:
+    """What `holds_fused_prompt` looks for, in a layer that keeps all tokens."""
+    for index, layer in enumerate(cache.layers):
+        if length and not getattr(layer, "is_sliding", False) and layer.get_seq_length() >= length:
+            return index, length - 1, layer.keys[:, :, length - 1].clone()
+    return True
 
 
 def read_on(prompt: Prompt, held: int, input_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -110,7 +110,8 @@ def attend(
         itself = torch.eye(n, dtype=torch.bool, device=x.device)
         allowed = (allowed & mapped[:, None, None, :]) | itself
     query, key, value = (z.unflatten(2, (heads, -1)).transpose(1, 2) for z in (query, key, value))
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+    scores = (query @ key.mT) * query.shape[-1] ** -0.5
+    attended = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value
     return x + F.linear(_flatten_heads(attended), a.merge_weight)
 
 

@@ -120,8 +120,8 @@ def _fuser(fuser: FuserFacts, is_default: bool, devices: list[torch.device]) -> 
     config = fuser.config
     reasons = {str(d): estimate.uncompiled_reason(config, d) for d in devices}
     return {
-        "summary": f"{config.sharer.summary()} -> {config.receiver.summary()}; hidden size "
-        f"{config.hidden_size}, depth {config.depth}, {config.activation}",
+        "summary": _summary(config),
+        "settings": config.settings(),
         "is_default": is_default,
         "has_weights": fuser.dtype is not None,
         "parameters": config.num_parameters(),
@@ -130,6 +130,16 @@ def _fuser(fuser: FuserFacts, is_default: bool, devices: list[torch.device]) -> 
         "open_streams": None if fuser.open_streams is None else len(fuser.open_streams),
         "uncompiled_because": reasons,
     }
+
+
+def _summary(config: FuserConfig) -> str:
+    parts = [f"{config.projection} projection"]
+    if config.projection != "linear":
+        parts = [f"hidden size {config.hidden_size}", f"depth {config.depth}", config.activation]
+    variant = config.variant()
+    variant.pop("activation", None)
+    parts += [f"{name}={value!r}" for name, value in variant.items()]
+    return f"{config.sharer.summary()} -> {config.receiver.summary()}; {', '.join(parts)}"
 
 
 def _notes(models: Models, fuser: FuserFacts | None, work: Workload) -> list[str]:

@@ -174,7 +174,7 @@ bool same_view(const Extent& a, const Extent& b) {
 void check_overlaps(const std::vector<Tensor>& out_keys, const std::vector<Tensor>& out_values,
                     const std::vector<Tensor>& base_keys, const std::vector<Tensor>& base_values,
                     const std::vector<Tensor>& sharer_keys,
-                    const std::vector<Tensor>& sharer_values, const PackedWeights& w) {
+                    const std::vector<Tensor>& sharer_values, const PackedWeights* weights) {
   std::vector<Extent> extents;
   const auto add = [&](const char* list, const std::vector<Tensor>& tensors, int64_t first_stream,
                        bool written) {
@@ -198,19 +198,22 @@ void check_overlaps(const std::vector<Tensor>& out_keys, const std::vector<Tenso
     extents.push_back(
         {low, high, {1, 1, 1, t.numel()}, {0, 0, 0, 1}, &t, std::move(name), -1, false});
   };
-  for (const auto& [name, t] : {std::pair{"in_weight", &w.in_weight},
-                                {"in_bias", &w.in_bias},
-                                {"w1", &w.w1},
-                                {"w2", &w.w2},
-                                {"branch_w1", &w.branch_w1},
-                                {"out_weight", &w.out_weight},
-                                {"out_bias", &w.out_bias},
-                                {"head_weight", &w.head_weight},
-                                {"head_bias", &w.head_bias}}) {
-    add_weight(name, *t);
+  if (weights != nullptr) {
+    const PackedWeights& w = *weights;
+    for (const auto& [name, t] : {std::pair{"in_weight", &w.in_weight},
+                                  {"in_bias", &w.in_bias},
+                                  {"w1", &w.w1},
+                                  {"w2", &w.w2},
+                                  {"branch_w1", &w.branch_w1},
+                                  {"out_weight", &w.out_weight},
+                                  {"out_bias", &w.out_bias},
+                                  {"head_weight", &w.head_weight},
+                                  {"head_bias", &w.head_bias}}) {
+      add_weight(name, *t);
+    }
+    for (size_t i = 0; i < w.deep_w2.size(); ++i) add_weight(item("deep_w2", i), w.deep_w2[i]);
+    for (size_t i = 0; i < w.deep_w1.size(); ++i) add_weight(item("deep_w1", i), w.deep_w1[i]);
   }
-  for (size_t i = 0; i < w.deep_w2.size(); ++i) add_weight(item("deep_w2", i), w.deep_w2[i]);
-  for (size_t i = 0; i < w.deep_w1.size(); ++i) add_weight(item("deep_w1", i), w.deep_w1[i]);
   std::sort(extents.begin(), extents.end(),
             [](const Extent& a, const Extent& b) { return a.low < b.low; });
   for (size_t i = 0; i < extents.size(); ++i) {
@@ -231,6 +234,11 @@ void check_overlaps(const std::vector<Tensor>& out_keys, const std::vector<Tenso
 }
 
 }  // namespace
+
+void check_inplace(std::vector<Tensor> keys, std::vector<Tensor> values,
+                   std::vector<Tensor> sharer_keys, std::vector<Tensor> sharer_values) {
+  check_overlaps(keys, values, {}, {}, sharer_keys, sharer_values, nullptr);
+}
 
 FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tensor>& out_values,
                     const std::vector<Tensor>& base_keys, const std::vector<Tensor>& base_values,
@@ -389,7 +397,7 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
   const int64_t heads = weighted ? s.receiver.heads : 0;
   check_packed("head_weight", w.head_weight, {g, heads, weighted ? h + h : 0});
   check_packed("head_bias", w.head_bias, {g, heads});
-  check_overlaps(out_keys, out_values, base_keys, base_values, sharer_keys, sharer_values, w);
+  check_overlaps(out_keys, out_values, base_keys, base_values, sharer_keys, sharer_values, &w);
   return call;
 }
 

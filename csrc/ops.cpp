@@ -16,6 +16,17 @@ STABLE_TORCH_LIBRARY(c2c, m) {
       "Tensor w2, Tensor branch_w1, Tensor[] deep_w2, Tensor[] deep_w1, Tensor out_weight, "
       "Tensor out_bias, Tensor head_weight, Tensor head_bias, str activation, str integration, "
       "bool accumulate) -> ()");
+
+  // What fuse_ checks of the memory that it writes to, for fusions in place that do not call it.
+  // Reads addresses and strides only, on any device.
+  m.def(
+      "check_inplace(Tensor[] keys, Tensor[] values, Tensor[] sharer_keys, "
+      "Tensor[] sharer_values) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(c2c, CPU, m) { m.impl("fuse_", TORCH_BOX(&c2c::fuse_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(c2c, CPU, m) {
+  m.impl("fuse_", TORCH_BOX(&c2c::fuse_cpu));
+  m.impl("check_inplace", TORCH_BOX(&c2c::check_inplace));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(c2c, CUDA, m) { m.impl("check_inplace", TORCH_BOX(&c2c::check_inplace)); }

@@ -64,6 +64,11 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
                     const std::vector<int64_t>& sources, int64_t num_keys, KVShape sharer_shape,
                     KVShape receiver_shape, const PackedWeights& weights);
 
+// c2c::check_inplace: throws unless every key and value can be written without changing another one
+// or a sharer's.
+void check_inplace(std::vector<Tensor> keys, std::vector<Tensor> values,
+                   std::vector<Tensor> sharer_keys, std::vector<Tensor> sharer_values);
+
 // c2c::fuse_ on CPU tensors.
 void fuse_cpu(std::vector<Tensor> out_keys, std::vector<Tensor> out_values,
               std::vector<Tensor> base_keys, std::vector<Tensor> base_values,

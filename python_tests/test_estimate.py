@@ -177,9 +177,6 @@ def test_activation_bytes_are_what_autograd_keeps(shape, dtype, dropout):
     work = Workload(2, 5, dtype)
     expected = kept_by_autograd(config, work)
     estimated = estimate.activation_bytes(config, work)
-    if config.projection == "transformer":  # on meta, attention keeps its probabilities
-        assert expected <= estimated <= 1.1 * expected
-        return
     assert estimated == expected
     larger = Workload(2, 10, dtype)
     assert estimate.activation_bytes(config, larger) == kept_by_autograd(config, larger) > expected

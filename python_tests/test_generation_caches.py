@@ -304,3 +304,17 @@ def test_each_prompt_is_prefilled_once(trio, settings, padded):
     repeats = rows // 3
     torch.testing.assert_close(first, expected.logits[:, 0].repeat_interleave(repeats, 0), **CLOSE)
     assert_visible(expected, receiver, ids, mask)
+
+
+def test_a_cache_that_was_reset_and_filled_by_something_else_is_refused(trio):
+    receiver, sharer, fuser = trio
+    ids = prompt(1, 7)
+    cache = StaticCache(config=receiver.config, max_cache_len=40)
+    with attached(receiver, sharer, fuser):
+        generate(receiver, ids, past_key_values=cache)
+        cache.reset()
+        with torch.no_grad():
+            receiver(input_ids=ids, past_key_values=cache)
+        longer = torch.cat([ids, ids[:, :2]], dim=1)
+        with pytest.raises(ValueError, match="c2c_ext: past_key_values"):
+            generate(receiver, longer, past_key_values=cache)

@@ -466,3 +466,52 @@ def test_transformers_is_imported_only_to_read_models():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "vit"}, "no causal language model"),
+        ({"model_type": "wav2vec2"}, "no causal language model"),
+        ({"model_type": "bert"}, "is an encoder"),
+        ({"model_type": "roberta"}, "is an encoder"),
+        ({"model_type": "xlnet"}, "fills no cache"),
+    ],
+)
+def test_models_that_cannot_decode_do_not_fit(capsys, tmp_path, config, reason):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    status, rows = run(capsys, "--receiver", str(tmp_path))
+    assert status == 1
+    assert any(reason in row for row in values(rows, "does not fit"))
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_key_value_heads"])
+def test_sizes_below_one_are_refused(capsys, tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", name: 0}))
+    assert main(["info", "--receiver", str(tmp_path)]) == 2
+    assert f"{name} must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_variant_is_named(capsys, tmp_path):
+    for changes, words in (
+        ({"projection": "linear", "weighting": False}, ["linear projection", "weighting=False"]),
+        ({"kinds": ("key",), "gate": False}, ["kinds=('key',)", "gate=False", "hidden size 16"]),
+        ({"integration": "interpolation"}, ["integration='interpolation'"]),
+    ):
+        file = tmp_path / "fuser_config.json"
+        file.write_text(make_config(**changes).to_json())
+        status, rows = run(capsys, "--fuser", str(file))
+        assert status == 0
+        (row,) = values(rows, "fuser")
+        assert all(word in row for word in words)
+        path = "reference.py (plain PyTorch)" if "projection" in changes else "compiled op"
+        assert path in values(rows, "fuser on cpu")[0]
+
+
+def test_many_shapes_are_refused_before_they_are_counted(capsys, tmp_path):
+    data = json.loads(make_config().to_json())
+    data["receiver"]["kv_layers"] = [[1, n + 1] for n in range(64)]
+    data["layer_map"] = [0] * 64
+    (tmp_path / "fuser_config.json").write_text(json.dumps(data))
+    assert main(["info", "--fuser", str(tmp_path)]) == 2
+    assert "at most 32 different pairs of KV shapes, got 64" in capsys.readouterr().err

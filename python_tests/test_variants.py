@@ -313,3 +313,61 @@ def test_generate_with_left_padding_matches_plain_loop_and_each_prompt_alone(nam
             receiver, plain_loop.fused_prompt(receiver, sharer, fuser, one), one, STEPS
         )
         torch.testing.assert_close(logits_of(output)[row], alone.logits[0], **CLOSE)
+
+
+@pytest.mark.parametrize("changes", [{}, *UNCOMPILED.values()], ids=["mlp", *UNCOMPILED])
+def test_in_place_refuses_overlaps_whichever_path_runs(changes):
+    fuser = make_fuser(make_config(**changes))
+    for gates in ("open", "closed"):
+        base, sharer = make_caches(fuser.config)
+        for broken in (
+            [base[0], base[0]],
+            [base[0], (base[0][1], base[1][1])],
+            [base[0], (base[1][0][:1].expand(2, -1, -1, -1), base[1][1])],
+            [base[0], (base[1][0], base[1][0])],
+        ):
+            before = [(key.clone(), value.clone()) for key, value in broken]
+            with pytest.raises(RuntimeError, match=r"c2c_ext\.fuse: out_.* must not overlap"):
+                fused_by_fuse(fuser, broken, sharer, inplace=True)
+            assert all(same_bits(a, b) for a, b in zip(flat(broken), flat(before), strict=True))
+        with torch.no_grad():
+            fuser.groups[0].gate_logit.fill_(-1.0)
+        assert gates == "closed" or fuser.open_streams() == []
+
+
+def test_inference_tensors_are_written_in_place(variant):
+    fuser = make_fuser(make_config(**variant))
+    with torch.inference_mode():
+        base, sharer = make_caches(fuser.config)
+    expected = fused_by_fuse(fuser, base, sharer)
+    fused_by_fuse(fuser, base, sharer, inplace=True)
+    assert all(same_bits(a, b) for a, b in zip(flat(base), flat(expected), strict=True))
+
+
+def test_variants_compile_into_one_graph(variant):
+    torch._dynamo.reset()
+    fuser = make_fuser(make_config(**variant))
+    base, sharer = make_caches(fuser.config)
+    expected = fused_by_fuse(fuser, base, sharer)
+    with torch.no_grad():
+        compiled = torch.compile(
+            lambda b, s: fuse(b, s, fuser), fullgraph=True, backend="aot_eager"
+        )(base, sharer)
+    for x, t in zip(flat(compiled), flat(expected), strict=True):
+        assert relative_error(x, t) <= 1e-6
+
+
+def test_forward_mode_derivatives_of_variants(variant):
+    fuser = make_fuser(make_config(**variant)).double()
+    base, sharer = make_caches(fuser.config, dtype=torch.float64)
+    direction = torch.randn_like(sharer[2][1])
+
+    def last_values(x: torch.Tensor) -> torch.Tensor:
+        caches = [*sharer[:2], (x, x)]
+        return torch.cat([t.flatten() for t in flat(fuse(base, caches, fuser))])
+
+    _, derivative = torch.func.jvp(last_values, (sharer[2][1],), (direction,))
+    step = 1e-6
+    with torch.no_grad():
+        ends = [last_values(sharer[2][1] + s * step * direction) for s in (1, -1)]
+    assert relative_error(derivative, (ends[0] - ends[1]) / (2 * step)) <= 1e-6
