@@ -23,7 +23,6 @@ from conftest import (
     make_fuser,
     plain_draws,
     relative_error,
-    reorder_hidden,
     run_reference,
     same_bits,
 )
@@ -34,6 +33,7 @@ from torch import Tensor
 
 import c2c_ext
 
+FEW = 512  # numbers, for the maximum of their errors to mean something
 PHASES = (Phase.generate, Phase.shrink)
 EXAMPLES = int(os.environ.get("C2C_FUZZ_EXAMPLES", "0"))
 
@@ -63,8 +63,11 @@ class Bits:
         """Leaves the elements of a view out of the comparison, taking them as they now are."""
         if t.numel() and has_memory(t) and t.untyped_storage().data_ptr() in self.known:
             now, before = self.known[t.untyped_storage().data_ptr()]
-            like = {"size": t.shape, "stride": t.stride(), "storage_offset": t.storage_offset()}
-            before.view(t.dtype).as_strided(**like).copy_(now.view(t.dtype).as_strided(**like))
+            now, before = now.view(t.dtype), before.view(t.dtype)
+            # By number: a view may overlap itself, where all gates are closed.
+            places = torch.arange(now.numel())
+            places = places.as_strided(t.shape, t.stride(), t.storage_offset()).flatten()
+            before[places] = now[places]
 
     def assert_unchanged(self) -> None:
         for now, before in self.known.values():
@@ -130,17 +133,20 @@ def check_result(case: Case, receiver: Any, before: KVPairs, fused: Any) -> None
     # Over all streams at once: a tensor of a few numbers has too few draws for the tolerance.
     wide = cast(window, torch.float64), cast(sharer, torch.float64)
     truth = together(flat(run_reference(case.fuser, *wide, token_map)))
-    if ours[0][0].dtype == torch.float64:
-        assert relative_error(together(flat(inside)), truth) <= 1e-13
+    got = together(flat(inside))
+    if got.dtype == torch.float64:
+        assert relative_error(got, truth) <= 1e-13
+    elif got.numel() < FEW:
+        # Still too few: the same call in float64 must be exact, and this one near it.
+        twin = c2c_ext.fuse(*wide, case.fuser, token_map=token_map)
+        assert relative_error(together(flat(plain(twin))), truth) <= 1e-13
+        stock = together(flat(run_reference(case.fuser, window, sharer, token_map)))
+        few_roundings = 16 * torch.finfo(got.dtype).eps
+        assert relative_error(got, truth) <= 2 * relative_error(stock, truth) + few_roundings
     else:
         draws = plain_draws(case.fuser, window, sharer, token_map)
         stock = [together(list(draw)) for draw in zip(*draws, strict=True)]
-        try:
-            assert_as_good_as_plain(together(flat(inside)), stock, truth)
-        except AssertionError:  # the largest error of few numbers is a lottery: more draws of it
-            fusers = [reorder_hidden(case.fuser, seed) for seed in range(3, 32)]
-            stock += [together(flat(run_reference(f, window, sharer, token_map))) for f in fusers]
-            assert_as_good_as_plain(together(flat(inside)), stock, truth)
+        assert_as_good_as_plain(got, stock, truth)
 
 
 def plain(pairs: KVPairs) -> KVPairs:
