@@ -20,11 +20,13 @@ from . import reference
 from .config import FuserConfig
 from .fuser import FuserGroup
 from .model_kv import ModelKV
-from .packed import _fold_stream, compute_dtype
+from .ops import _C
+from .packed import VECTORS, _fold_stream, sum_dtype, to_panels
 from .parameters import group_parameter_shapes
 
 # Of csrc/cpu/fuse_cpu.cpp: more tokens than fit into this are fused in chunks.
-SCRATCH_BYTES = 128 << 20
+SCRATCH_BYTES_PER_THREAD = 8 << 20
+MAX_SCRATCH_BYTES = 128 << 20
 TRAINING_DTYPE = torch.float32  # of the fuser's parameters, gradients and optimizer state
 TEMPERATURE = 0.5  # of the soft gates; what is saved does not depend on it
 
@@ -131,9 +133,16 @@ def packed_bytes(
     open_streams: Streams | None = None,
 ) -> int:
     """``fuser.packed(dtype, device).nbytes``; all streams are open unless they are listed."""
-    itemsize = compute_dtype(dtype, device).itemsize
-    return itemsize * sum(
-        count * sum(shape.numel() for shape in shapes.values())
+
+    def nbytes(name: str, shape: torch.Size) -> int:
+        if name in VECTORS:
+            return shape.numel() * sum_dtype(dtype).itemsize
+        if device.type == "cpu":
+            shape = to_panels(torch.empty(shape, device="meta"), dtype).shape
+        return shape.numel() * dtype.itemsize
+
+    return sum(
+        count * sum(nbytes(name, shape) for name, shape in shapes.items())
         for _, count, shapes in _open_groups(config, open_streams)
     )
 
@@ -146,6 +155,12 @@ def packed_matrix_elements(config: FuserConfig, open_streams: Streams | None = N
     )
 
 
+def multiplies_bfloat16(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the CPU's own bfloat16 products are used; otherwise it multiplies in float32."""
+    native = _C.build_info()["cpu_instruction_set"] == "avx512bf16"
+    return native and dtype == torch.bfloat16 and device.type == "cpu"
+
+
 def scratch_bytes(
     config: FuserConfig,
     work: Workload,
@@ -155,12 +170,13 @@ def scratch_bytes(
     """Upper bound of the scratch memory of one fusion; shape groups take turns.
 
     The compiled op: the columns of fuse_cpu.cpp's buffers for all open streams and tokens, at most
-    `SCRATCH_BYTES` (a single token may exceed that). The reference: what autograd would keep of
-    one stream.
+    8 MiB per thread and 128 MiB in all (a single token may exceed that). The reference: what
+    autograd would keep of one stream.
     """
     if uncompiled_reason(config, device) is not None:
         return max(per_stream for _, per_stream in _saved_by_group(config, work, training=False))
-    itemsize = compute_dtype(work.dtype, device).itemsize
+    itemsize = sum_dtype(work.dtype).itemsize
+    most = min(SCRATCH_BYTES_PER_THREAD * torch.get_num_threads(), MAX_SCRATCH_BYTES)
     h, m, largest = config.hidden_size, config.intermediate_size, 0
     for layer, count, shapes in _open_groups(config, open_streams):
         sharer, receiver = config.layer_shapes(layer)
@@ -169,7 +185,9 @@ def scratch_bytes(
         deep = any(name.startswith("deep_w2") for name in shapes)
         columns = max(inputs, m + h) + h + max(receiver.width, h) + (m + h + weighting)
         columns += (m + h if deep else 0) + heads + 1
-        budget = SCRATCH_BYTES // itemsize // columns  # (stream, token) pairs
+        if multiplies_bfloat16(work.dtype, device):  # inputs rounded
+            columns += (max(inputs, m + h) + 2) // 2
+        budget = most // itemsize // columns  # (stream, token) pairs
         rows = min(max(budget, 1), work.rows)
         streams = min(max(budget // rows, 1), count)
         largest = max(largest, streams * rows * columns * itemsize)
@@ -253,7 +271,9 @@ def fuse_work(
     The reference does the work of closed streams too.
     """
     if uncompiled_reason(config, device) is None:
-        dtype = compute_dtype(work.dtype, device)
+        dtype = work.dtype
+        if device.type == "cpu" and not multiplies_bfloat16(dtype, device):
+            dtype = sum_dtype(dtype)  # weights are widened in registers
         weights = packed_bytes(config, work.dtype, device, open_streams)
         elements = packed_matrix_elements(config, open_streams)
     else:

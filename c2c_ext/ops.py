@@ -82,6 +82,8 @@ def group_arguments(
         group.sharer_shape.head_dim,
         group.receiver_shape.num_heads,
         group.receiver_shape.head_dim,
+        group.inner,
+        group.reads_receiver,
         group.in_weight,
         group.in_bias,
         group.w1,

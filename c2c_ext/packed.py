@@ -29,6 +29,9 @@ class PackedGroup:
     num_keys: int
     sharer_shape: KVShape
     receiver_shape: KVShape
+    inner: int  # of the projection's blocks
+    reads_receiver: bool
+    # Matrices are written as [G, rows, cols] here; the CPU has them in panels (`to_panels`).
     in_weight: Tensor  # [G, hidden, sharer width + receiver width], or sharer width alone
     in_bias: Tensor  # [G, hidden]
     w1: Tensor  # [G, inner, hidden], shared block
@@ -67,15 +70,26 @@ class PackedFuser:
         return sum(t.nbytes for group in self.groups for t in group.tensors())
 
 
-def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The packed weights' dtype for caches of ``dtype``.
+PANEL = 16  # rows of one panel
+# Not matrices of a product: kept as they are, in the dtype that sums are in.
+VECTORS = ("in_bias", "out_bias", "head_weight", "head_bias")
 
-    The caches' own, except that the CPU computes bfloat16 and float16 caches in float32: stock
-    half-precision batched GEMMs are many times slower there than float32 ones.
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, biases and the head for caches of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def to_panels(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[rows, cols]`` as the CPU kernels read it, rounded to ``dtype``.
+
+    ``[ceil(rows / 16), ceil(cols / pair), 16, pair]``, the rest filled with zeros: 16 outputs
+    side by side for every input; bfloat16 in pairs of inputs (csrc/cpu/panel_gemm.h).
     """
-    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        return torch.float32
-    return dtype
+    pair = 2 if dtype == torch.bfloat16 else 1
+    rows, cols = matrix.shape
+    padded = torch.nn.functional.pad(matrix.to(dtype), (0, -cols % pair, 0, -rows % PANEL))
+    return padded.view(-(-rows // PANEL), PANEL, -(-cols // pair), pair).transpose(1, 2)
 
 
 def pack_fuser(fuser: Fuser, dtype: torch.dtype, device: torch.device) -> PackedFuser:
@@ -97,9 +111,7 @@ def pack_fuser(fuser: Fuser, dtype: torch.dtype, device: torch.device) -> Packed
         for group in fuser.groups:
             streams = _open_streams(group)
             if streams:
-                groups.append(
-                    _pack_group(fuser, group, streams, compute_dtype(dtype, device), device)
-                )
+                groups.append(_pack_group(fuser, group, streams, dtype, device))
     return PackedFuser(groups, fuser.config.activation, fuser.config.integration)
 
 
@@ -116,9 +128,13 @@ def _pack_group(
     stacked: dict[str, Tensor] = {}
     for i, g in enumerate(streams):  # one at a time: only one stream's float64 copies are alive
         for name, tensor in _fold_stream(group, g).items():
+            if name in VECTORS:
+                tensor = tensor.to(sum_dtype(dtype))
+            else:
+                tensor = to_panels(tensor, dtype) if device.type == "cpu" else tensor.to(dtype)
             if i == 0:
                 shape = (len(streams), *tensor.shape)
-                stacked[name] = torch.empty(shape, dtype=dtype, device=device)
+                stacked[name] = torch.empty(shape, dtype=tensor.dtype, device=device)
             stacked[name][i].copy_(tensor)
 
     def series(name: str) -> list[Tensor]:
@@ -130,6 +146,8 @@ def _pack_group(
         num_keys=kinds.count("key"),
         sharer_shape=group.sharer_shape,
         receiver_shape=group.receiver_shape,
+        inner=config.intermediate_size,
+        reads_receiver=config.reads == "both",
         deep_w2=series("deep_w2."),
         deep_w1=series("deep_w1."),
         **{name: t for name, t in stacked.items() if not name.startswith("deep_")},

@@ -4,6 +4,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "cpu/panel_gemm.h"
 #include "ops.h"
 
 namespace c2c {
@@ -246,7 +247,8 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
                     const std::vector<Tensor>& sharer_values,
                     const std::optional<Tensor>& token_map, const std::vector<int64_t>& layers,
                     const std::vector<int64_t>& sources, int64_t num_keys, KVShape sharer_shape,
-                    KVShape receiver_shape, const PackedWeights& w) {
+                    KVShape receiver_shape, int64_t inner, bool reads_receiver,
+                    const PackedWeights& w) {
   const auto receiver_layers = static_cast<int64_t>(base_keys.size());
   const auto sharer_layers = static_cast<int64_t>(sharer_keys.size());
   const auto check_length = [](const char* name, const auto& list, int64_t expected,
@@ -271,6 +273,7 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
   check_size("sharer_dim", sharer_shape.dim);
   check_size("receiver_heads", receiver_shape.heads);
   check_size("receiver_dim", receiver_shape.dim);
+  check_size("inner", inner);
 
   FuseCall call{};
   FuseSizes& s = call.sizes;
@@ -292,14 +295,14 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
   }
 
   // Sizes from the weights.
-  check_rank("in_weight", w.in_weight, 3);
-  check_rank("w1", w.w1, 3);
+  check_rank("in_bias", w.in_bias, 2);
   check_rank("head_bias", w.head_bias, 2);
-  s.hidden = w.in_weight.size(1);
-  s.inner = w.w1.size(1);
+  s.hidden = w.in_bias.size(1);
+  check_size("in_bias dim 1 (hidden)", s.hidden);
+  s.inner = inner;
   s.sharer = sharer_shape;
   s.receiver = receiver_shape;
-  s.reads_receiver = w.in_weight.size(2) != s.sharer.width();
+  s.reads_receiver = reads_receiver;
   const bool weighted = w.head_bias.size(1) != 0;
   s.weighting = weighted ? s.hidden : 0;
   const int64_t width = s.receiver.width();
@@ -369,34 +372,44 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
   }
 
   // Weights.
-  const ScalarType compute =
-      first.is_cpu() && dtype != ScalarType::Double ? ScalarType::Float : dtype;
-  const auto check_packed = [&](const std::string& name, const Tensor& t,
+  const ScalarType sums = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  const auto check_vector = [&](const std::string& name, const Tensor& t,
                                 std::initializer_list<int64_t> shape) {
-    check_weight(name, t, shape, compute, first);
+    check_weight(name, t, shape, sums, first);
+  };
+  const auto check_matrix = [&](const std::string& name, const Tensor& t, int64_t rows,
+                                int64_t cols) {
+    if (first.is_cpu()) {
+      const int64_t pair = dtype == ScalarType::BFloat16 ? 2 : 1;
+      const int64_t panel = cpu::kPanel;
+      check_weight(name, t, {g, (rows + panel - 1) / panel, (cols + pair - 1) / pair, panel, pair},
+                   dtype, first);
+    } else {
+      check_weight(name, t, {g, rows, cols}, dtype, first);
+    }
   };
   const int64_t h = s.hidden, m = s.inner;
-  check_packed("in_weight", w.in_weight, {g, h, s.sharer.width() + (s.reads_receiver ? width : 0)});
-  check_packed("in_bias", w.in_bias, {g, h});
-  check_packed("w1", w.w1, {g, m, h});
-  check_packed("w2", w.w2, {g, h, m});
-  check_packed("branch_w1", w.branch_w1, {g, m + s.weighting, h});
+  check_matrix("in_weight", w.in_weight, h, s.sharer.width() + (reads_receiver ? width : 0));
+  check_vector("in_bias", w.in_bias, {g, h});
+  check_matrix("w1", w.w1, m, h);
+  check_matrix("w2", w.w2, h, m);
+  check_matrix("branch_w1", w.branch_w1, m + s.weighting, h);
   s.folded = w.deep_w2.size() == w.deep_w1.size();
   if (!s.folded && w.deep_w2.size() != w.deep_w1.size() + 1) {
     fail("deep_w2 must have as many entries as deep_w1 (", w.deep_w1.size(), ") or one more, got ",
          w.deep_w2.size());
   }
   for (size_t i = 0; i < w.deep_w2.size(); ++i) {
-    check_packed(item("deep_w2", i), w.deep_w2[i], {g, h, m});
+    check_matrix(item("deep_w2", i), w.deep_w2[i], h, m);
   }
   for (size_t i = 0; i < w.deep_w1.size(); ++i) {
-    check_packed(item("deep_w1", i), w.deep_w1[i], {g, m, h});
+    check_matrix(item("deep_w1", i), w.deep_w1[i], m, h);
   }
-  check_packed("out_weight", w.out_weight, {g, width, s.folded ? m + h : h});
-  check_packed("out_bias", w.out_bias, {g, width});
+  check_matrix("out_weight", w.out_weight, width, s.folded ? m + h : h);
+  check_vector("out_bias", w.out_bias, {g, width});
   const int64_t heads = weighted ? s.receiver.heads : 0;
-  check_packed("head_weight", w.head_weight, {g, heads, weighted ? h + h : 0});
-  check_packed("head_bias", w.head_bias, {g, heads});
+  check_vector("head_weight", w.head_weight, {g, heads, weighted ? h + h : 0});
+  check_vector("head_bias", w.head_bias, {g, heads});
   check_overlaps(out_keys, out_values, base_keys, base_values, sharer_keys, sharer_values, &w);
   return call;
 }

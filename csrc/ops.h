@@ -12,7 +12,10 @@ namespace c2c {
 
 using torch::stable::Tensor;
 
-// The packed weights of one shape group: G open streams, `num_keys` key streams first.
+// The packed weights of one shape group: G open streams, `num_keys` key streams first. Matrices are
+// in the caches' dtype; on the CPU, [G, n, k] stands for panels [G, n / 16, k / pair, 16, pair],
+// rounded up and filled with zeros (cpu/panel_gemm.h). Biases and the head are float64 for float64
+// caches, else float32.
 struct PackedWeights {
   Tensor in_weight;             // [G, hidden, sharer width + receiver width], or sharer width alone
   Tensor in_bias;               // [G, hidden]
@@ -62,7 +65,8 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
                     const std::vector<Tensor>& sharer_values,
                     const std::optional<Tensor>& token_map, const std::vector<int64_t>& layers,
                     const std::vector<int64_t>& sources, int64_t num_keys, KVShape sharer_shape,
-                    KVShape receiver_shape, const PackedWeights& weights);
+                    KVShape receiver_shape, int64_t inner, bool reads_receiver,
+                    const PackedWeights& weights);
 
 // c2c::check_inplace: throws unless every key and value can be written without changing another one
 // or a sharer's.
@@ -75,9 +79,39 @@ void fuse_cpu(std::vector<Tensor> out_keys, std::vector<Tensor> out_values,
               std::vector<Tensor> sharer_keys, std::vector<Tensor> sharer_values,
               std::optional<Tensor> token_map, std::vector<int64_t> layers,
               std::vector<int64_t> sources, int64_t num_keys, int64_t sharer_heads,
-              int64_t sharer_dim, int64_t receiver_heads, int64_t receiver_dim, Tensor in_weight,
-              Tensor in_bias, Tensor w1, Tensor w2, Tensor branch_w1, std::vector<Tensor> deep_w2,
-              std::vector<Tensor> deep_w1, Tensor out_weight, Tensor out_bias, Tensor head_weight,
-              Tensor head_bias, std::string activation, std::string integration, bool accumulate);
+              int64_t sharer_dim, int64_t receiver_heads, int64_t receiver_dim, int64_t inner,
+              bool reads_receiver, Tensor in_weight, Tensor in_bias, Tensor w1, Tensor w2,
+              Tensor branch_w1, std::vector<Tensor> deep_w2, std::vector<Tensor> deep_w1,
+              Tensor out_weight, Tensor out_bias, Tensor head_weight, Tensor head_bias,
+              std::string activation, std::string integration, bool accumulate);
+
+// c2c::stage_*: single stages of fuse_cpu (cpu/stage_ops.cpp).
+void stage_gather(Tensor out,           // [B * N, sharer width + receiver width]
+                  Tensor sharer,        // [B, Hs, S, Ds]
+                  Tensor base);         // [B, Ht, N, Dt]
+void stage_bias_stats(Tensor z,         // [G, M, cols]
+                      Tensor rstd,      // [G, M]
+                      Tensor bias);     // [G, cols]
+void stage_multiply(Tensor out,         // [G, M, n]
+                    Tensor x,           // [G, M, k]
+                    Tensor panels);     // [G, n / 16, k / pair, 16, pair]
+void stage_scale_activate(Tensor out,   // [G, M, cols]
+                          Tensor x,     // [G, M, cols]
+                          Tensor rstd,  // [G, M]
+                          std::string activation);
+void stage_residual_stats(Tensor out,     // [G, M, cols]
+                          Tensor rstd,    // [G, M]
+                          Tensor z,       // [G, M, cols]
+                          Tensor delta);  // [G, M, cols]
+void stage_head(Tensor logits,            // [G, M, heads]
+                Tensor x,                 // [G, M, cols]
+                Tensor weight);           // [G, heads, cols]
+void stage_combine(Tensor out,            // [B, H, N, D]
+                   Tensor base,           // [B, H, N, D]
+                   Tensor projected,      // [B * N, H * D]
+                   Tensor bias,           // [H * D]
+                   Tensor logits,         // [B * N, H]
+                   Tensor head_bias,      // [H]
+                   std::string integration);
 
 }  // namespace c2c

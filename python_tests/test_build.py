@@ -75,7 +75,7 @@ def test_build_info_says_what_was_built() -> None:
     }
     assert info["version"] == c2c_ext.__version__
     assert info["abi_target"] == "2.10"
-    assert info["cpu_instruction_set"] in ("baseline", "avx2", "avx512")
+    assert info["cpu_instruction_set"] in ("baseline", "avx2", "avx512", "avx512bf16")
     assert "-O" in info["flags"]
 
 

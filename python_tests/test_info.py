@@ -398,7 +398,7 @@ def test_json_is_written_whole_or_not_at_all(capsys, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"kept.json", "link.json"}
 
 
-CEILINGS = {torch.float32: 1e12, torch.bfloat16: 4e12}
+CEILINGS = {torch.float32: 1e12, torch.bfloat16: 4e12, torch.float16: 4e12}
 
 
 def fixed_probe(device: torch.device, dtypes: list[torch.dtype], **_: object) -> Ceilings:
@@ -407,11 +407,11 @@ def fixed_probe(device: torch.device, dtypes: list[torch.dtype], **_: object) ->
 
 def test_times_come_from_the_measured_ceilings(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(info, "probe", fixed_probe)
-    numbers = report(tmp_path, *PAIR, "--fuser", PUBLISHED, "--probe")
+    numbers = report(tmp_path, *PAIR, "--fuser", PUBLISHED, "--dtype", "fp16", "--probe")
     assert numbers["ceilings"][0] == {
         "device": "cpu",
         "memory_bytes_per_s": 1e11,
-        "gemm_flop_per_s": {"float32": 1e12, "bfloat16": 4e12},
+        "gemm_flop_per_s": {"float32": 1e12, "float16": 4e12},
     }
     steps = numbers["seconds"]["cpu"]
     assert list(steps) == [
@@ -424,14 +424,13 @@ def test_times_come_from_the_measured_ceilings(capsys, tmp_path, monkeypatch):
     first = steps.pop("first token")["seconds"]
     assert first == pytest.approx(sum(step["seconds"] for step in steps.values()))
     for name, step in steps.items():
-        rate = 1e12 if name == "fuse" else 4e12  # the CPU fuses in float32
+        rate = 1e12 if name == "fuse" else 4e12  # the CPU widens float16 weights
         assert step["seconds"] == max(step["bytes"] / 1e11, step["flop"] / rate) > 0
     fuser = Fuser.from_published(PUBLISHED)
-    (group,) = fuser.packed(torch.float32, torch.device("cpu")).groups
-    elements = sum(t.numel() for t in group.tensors() if t.dim() == 3)
+    elements = estimate.packed_matrix_elements(fuser.config, fuser.open_streams())
     assert steps["fuse"]["flop"] == 2 * elements * 512
     out = capsys.readouterr().out
-    assert "memory 100 GB/s, float32 GEMM 1,000 GFLOP/s, bfloat16 GEMM 4,000 GFLOP/s" in out
+    assert "memory 100 GB/s, float32 GEMM 1,000 GFLOP/s, float16 GEMM 4,000 GFLOP/s" in out
     assert "(measured now)" in out and "at least, at these ceilings; no overhead is counted" in out
 
 

@@ -11,6 +11,7 @@ ALLOWED = {
     "baseline": {"baseline"},
     "avx2": {"baseline", "avx2"},
     "avx512": {"baseline", "avx2", "avx512"},
+    "avx512bf16": {"baseline", "avx2", "avx512", "avx512bf16"},
 }
 CHECK = """
 import torch
@@ -45,7 +46,16 @@ def test_variant_is_as_good_as_plain(limit: str) -> None:
     assert done.stdout.strip() in ALLOWED[limit]
 
 
+@pytest.mark.parametrize("limit", list(ALLOWED)[:-1])
+def test_stages_hold_with_less(limit: str) -> None:
+    """The best set is what test_stages.py itself runs with."""
+    tests = Path(__file__).parent / "test_stages.py"
+    arguments = ["-q", "-p", "no:cacheprovider", str(tests)]
+    done = run(limit, f"import pytest; raise SystemExit(pytest.main({arguments}))")
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
 def test_unknown_limit_is_refused() -> None:
     done = run("sse9", "import c2c_ext; c2c_ext.build_info()")
     assert done.returncode != 0
-    assert "C2C_EXT_CPU_ISA must be baseline, avx2 or avx512, got sse9" in done.stderr
+    assert "C2C_EXT_CPU_ISA must be baseline, avx2, avx512 or avx512bf16, got sse9" in done.stderr

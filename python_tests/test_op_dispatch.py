@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -29,9 +29,9 @@ from c2c_ext import ops
 CPU = torch.device("cpu")
 
 
-def aten_calls(function: Callable[[], object]) -> list[tuple[str, list]]:
-    """(name, input shapes) of every aten op dispatched inside c2c::fuse_."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+def aten_calls(function: Callable[[], object]) -> list[str]:
+    """Names of all aten ops dispatched inside c2c::fuse_."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
         function()
     calls = []
     for event in recorded.events():
@@ -39,19 +39,21 @@ def aten_calls(function: Callable[[], object]) -> list[tuple[str, list]]:
         while parent is not None and parent.name != "c2c::fuse_":
             parent = parent.cpu_parent
         if parent is not None and event.name.startswith("aten::"):
-            calls.append((event.name, event.input_shapes))
+            calls.append(event.name)
     return calls
 
 
-def gemms(calls: list[tuple[str, list]]) -> list[list]:
-    return [shapes for name, shapes in calls if name == "aten::bmm"]
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(
-    ("layers", "tokens", "chunks"), [(3, 1500, 3), (1, 9001, 6)], ids=["streams", "rows"]
-)
-def test_chunks_equal_reference(layers, tokens, chunks):
-    # Cheap GEMMs with many scratch elements a row, so that 128 MiB of scratch are few tokens.
+@pytest.mark.parametrize(("layers", "tokens"), [(12, 100), (1, 1001)], ids=["streams", "rows"])
+def test_chunks_equal_reference(layers, tokens, one_thread):
+    # Cheap products with many scratch elements a row, so that a thread's scratch is few tokens.
     config = make_config(
         [(1, 8)] * layers, [(1, 8)], [0] * layers, hidden_size=8, intermediate_size=4096
     )
@@ -63,23 +65,20 @@ def test_chunks_equal_reference(layers, tokens, chunks):
         set_gates(fuser, {(1, "value"): -1.0})
     base, sharer = make_caches(config, 1, tokens)
     out = clone(base)
-    calls = aten_calls(lambda: run_op(fuser, base, sharer, out=out))
-    per_chunk = 5
-    assert len(gemms(calls)) == per_chunk * chunks
-    for first in range(0, tokens, 1000):
-        window = slice(first, first + 1000)
-        b, s, o = (
-            [(key[:, :, window], value[:, :, window]) for key, value in pairs]
-            for pairs in (base, sharer, out)
-        )
-        assert_fused(fuser, b, s, o, differs=False)
+    run_op(fuser, clone(base), sharer)  # builds the packed form
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run_op(fuser, base, sharer, out=out)
+    scratch = max(e.cpu_memory_usage for e in recorded.events() if e.name == "aten::empty")
+    streams = len(fuser.open_streams())
+    assert scratch <= 8 << 20 < streams * tokens * 4 * 2 * 4096  # more than one chunk
+    assert_fused(fuser, base, sharer, out, differs=False)
     changed = [max_abs(o - b) > 0.1 for o, b in zip(flat(out), flat(base), strict=True)]
     assert changed == [layers == 1 or i != 3 for i in range(2 * layers)]
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 300])
 @pytest.mark.parametrize("shape", ["even", "wide_output", "groups", "real_heads"])
-def test_op_dispatches_gemms_and_nothing_else(shape, tokens):
+def test_op_dispatches_one_allocation_and_nothing_else(shape, tokens):
     real_heads = {
         "receiver": [(8, 128)] * 2,
         "sharer": [(2, 64)] * 3,
@@ -92,11 +91,7 @@ def test_op_dispatches_gemms_and_nothing_else(shape, tokens):
     fuser.packed(torch.float32, CPU)
     with torch.no_grad():
         calls = aten_calls(lambda: c2c_ext.fuse(base, sharer, fuser, inplace=True))
-    # resolve_conj looks at a flag; it touches no data.
-    assert {name for name, _ in calls} == {"aten::bmm", "aten::empty", "aten::resolve_conj"}
-    groups = len(config.shape_groups())
-    assert [name for name, _ in calls].count("aten::empty") == groups
-    assert groups <= len(gemms(calls)) <= 7 * groups
+    assert calls == ["aten::empty"] * len(config.shape_groups())
 
 
 def test_fuse_copies_only_what_it_returns():
@@ -121,10 +116,8 @@ def test_closed_streams_cost_nothing(kept):
         ops.fuse_(base, base, sharer, packed)
     assert ("c2c::fuse_" in {e.name for e in recorded.events()}) == bool(kept)
     calls = aten_calls(lambda: ops.fuse_(base, base, sharer, packed))
-    assert bool(gemms(calls)) == bool(kept)
-    assert all(shapes[0][0] == len(kept) for shapes in gemms(calls))
-    if not kept:
-        assert calls == []
+    assert calls == (["aten::empty"] if kept else [])
+    assert sum(len(group.layers) for group in packed.groups) == len(kept)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])

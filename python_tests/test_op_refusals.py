@@ -54,7 +54,8 @@ def one_more(dim: int) -> Callable[[Tensor], Tensor]:
 
 
 def transposed_weight(t: Tensor) -> Tensor:
-    return t.mT.contiguous().mT
+    dims = (2, 3) if t.dim() == 5 else (0, 1)
+    return t.transpose(*dims).contiguous().transpose(*dims)
 
 
 def make_huge(arguments: dict) -> None:
@@ -119,8 +120,17 @@ REFUSED = [
     (put("layers", -1, 3), "layers[3] must be in 0..1 (receiver layers), got -1"),
     (put("sources", 3, 0), "sources[0] must be in 0..2 (sharer layers), got 3"),
     (put("sources", -1, 2), "sources[2] must be in 0..2 (sharer layers), got -1"),
-    (put("in_weight", lambda t: t[0]), "in_weight must have 3 dimensions, got 2"),
-    (put("w1", lambda t: t[0]), "w1 must have 3 dimensions, got 2"),
+    (put("in_weight", lambda t: t[0]), "in_weight must have 5 dimensions, got 4"),
+    (put("w1", lambda t: t[0]), "w1 must have 5 dimensions, got 4"),
+    (put("inner", 0), "inner must be in 1..16777216, got 0"),
+    (
+        put("inner", 40),
+        "w1 dim 1 (packed weight) must equal 3 (the shape group's other weights), got 2",
+    ),
+    (
+        put("reads_receiver", False),
+        "in_weight dim 2 (packed weight) must equal 4 (the shape group's other weights), got 20",
+    ),
     (put("out_bias", lambda t: t[0]), "out_bias must have 2 dimensions, got 1"),
     (put("head_bias", lambda t: t[0]), "head_bias must have 2 dimensions, got 1"),
     (
@@ -129,7 +139,7 @@ REFUSED = [
     ),
     (
         put("head_bias", lambda t: t[:, :0]),  # as if there were no dynamic weighting
-        "branch_w1 dim 1 (packed weight) must equal 24 (the shape group's other weights), got 40",
+        "branch_w1 dim 1 (packed weight) must equal 2 (the shape group's other weights), got 3",
     ),
     (
         put("sharer_heads", 3),
@@ -289,12 +299,12 @@ REFUSED = [
             f"weights), got {number + 1}",
         )
         for name, sizes in (
-            ("in_weight", {0: 4}),
-            ("in_bias", {0: 4, 1: 16}),
-            ("w1", {0: 4, 2: 16}),
-            ("w2", {0: 4, 1: 16, 2: 24}),
-            ("branch_w1", {0: 4, 1: 40, 2: 16}),
-            ("out_weight", {0: 4, 1: 16, 2: 40}),
+            ("in_weight", {0: 4, 1: 1, 2: 20, 3: 16, 4: 1}),
+            ("in_bias", {0: 4}),
+            ("w1", {0: 4, 1: 2, 2: 16}),
+            ("w2", {0: 4, 1: 1, 2: 24}),
+            ("branch_w1", {0: 4, 1: 3, 2: 16}),
+            ("out_weight", {0: 4, 1: 1, 2: 40}),
             ("out_bias", {0: 4}),
             ("head_weight", {0: 4, 1: 2, 2: 32}),
             ("head_bias", {0: 4}),
@@ -308,8 +318,8 @@ REFUSED = [
             f"weights), got {number + 1}",
         )
         for name, sizes in (
-            ("deep_w2", {0: 4, 1: 16, 2: 24}),
-            ("deep_w1", {0: 4, 1: 24, 2: 16}),
+            ("deep_w2", {0: 4, 1: 1, 2: 24}),
+            ("deep_w1", {0: 4, 1: 2, 2: 16}),
         )
         for dim, number in sizes.items()
     ),

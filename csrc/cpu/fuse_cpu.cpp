@@ -1,5 +1,4 @@
-// c2c::fuse_ on the CPU: GEMMs through torch's dispatcher, everything between them in row_kernels.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+// c2c::fuse_ on the CPU: matrix products in panel_gemm, everything between them in row_kernels.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,55 +8,27 @@
 #include <stdexcept>
 
 #include "../ops.h"
-#include "../scalar_math.h"
-#include "row_kernels.h"
+#include "stages.h"
 
 namespace c2c {
 namespace {
 
 using cpu::CacheType;
 using cpu::CacheView;
+using cpu::for_rows;
 using cpu::HeadShape;
+using cpu::Matrices;
+using cpu::PanelGemm;
 using cpu::Row;
 using cpu::RowKernels;
+using cpu::view_of;
 using torch::headeronly::ScalarType;
 
-// Scratch is bounded: more streams x tokens than fit are done in chunks, streams first, so that
-// every weight is read once as long as all tokens of one stream fit.
-constexpr int64_t kScratchBytes = int64_t{128} << 20;
-constexpr int64_t kElementsPerTask = 16384;  // below this a second thread does not pay
-
-CacheType cache_type(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double:
-      return CacheType::kFloat64;
-    case ScalarType::BFloat16:
-      return CacheType::kBfloat16;
-    case ScalarType::Half:
-      return CacheType::kFloat16;
-    default:
-      return CacheType::kFloat32;
-  }
-}
-
-Activation parse_activation(const std::string& name) {
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "silu") return Activation::kSilu;
-  throw std::runtime_error("c2c_ext.fuse: activation must be gelu, relu or silu, got " + name);
-}
-
-Integration parse_integration(const std::string& name) {
-  if (name == "residual") return Integration::kResidual;
-  if (name == "interpolation") return Integration::kInterpolation;
-  if (name == "replacement") return Integration::kReplacement;
-  throw std::runtime_error(
-      "c2c_ext.fuse: integration must be residual, interpolation or replacement, got " + name);
-}
-
-CacheView view_of(const Tensor& t) {
-  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
-}
+// Scratch is bounded, by what threads have in their caches: more streams x tokens than fit are done
+// in chunks, streams first, so that every weight is read once as long as all tokens of one stream
+// fit.
+constexpr int64_t kScratchBytesPerThread = int64_t{8} << 20;
+constexpr int64_t kMaxScratchBytes = int64_t{128} << 20;
 
 struct StreamViews {
   CacheView out, base, sharer;
@@ -86,59 +57,17 @@ Rows resolve_rows(const FuseSizes& s, const std::optional<Tensor>& token_map) {
   return rows;
 }
 
-template <class T>
-struct Matrices {  // `streams` matrices [rows, cols] at a row stride, one after another
-  T* data;
-  int64_t stream_stride, row_stride;
-};
-
-// out[g] = a[g] @ w[g]^T for the streams of a chunk, through aten::bmm.out.
-template <class T>
-void gemm(const Matrices<T>& out, const Matrices<T>& a, const Tensor& weight, int64_t first_stream,
-          int64_t streams, int64_t rows) {
-  const int64_t n = weight.size(1), k = weight.size(2);
-  const auto type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-  const torch::stable::Device device(torch::headeronly::DeviceType::CPU);
-  const auto matrix = [&](T* data, std::array<int64_t, 3> size, std::array<int64_t, 3> stride) {
-    return torch::stable::from_blob(data, {size.data(), size.size()},
-                                    {stride.data(), stride.size()}, device, type);
-  };
-  T* w = static_cast<T*>(weight.data_ptr()) + first_stream * n * k;
-  const Tensor lhs = matrix(a.data, {streams, rows, k}, {a.stream_stride, a.row_stride, 1});
-  const Tensor rhs = matrix(w, {streams, k, n}, {n * k, 1, k});
-  const Tensor result =
-      matrix(out.data, {streams, rows, n}, {out.stream_stride, out.row_stride, 1});
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(lhs),
-                                    torch::stable::detail::from(rhs),
-                                    torch::stable::detail::from(result)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
-}
-
-// Calls f(stream, first row, row count) for all streams x rows, in parallel.
-template <class F>
-void for_rows(int64_t streams, int64_t rows, int64_t elements_per_row, const F& f) {
-  const int64_t block =
-      std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_row));
-  const int64_t blocks = (rows + block - 1) / block;
-  torch::stable::parallel_for(0, streams * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = (i % blocks) * block;
-      f(i / blocks, first, std::min(block, rows - first));
-    }
-  });
-}
-
 // One chunk: streams [first, first + streams) x the given rows.
 template <class T>
 class Chunk {
  public:
-  Chunk(const FuseSizes& sizes, const PackedWeights& weights, const RowKernels<T>& kernels,
-        Activation activation, Integration integration, bool accumulate)
+  Chunk(const FuseSizes& sizes, const PackedWeights& weights, CacheType type, Activation activation,
+        Integration integration, bool accumulate)
       : s_(sizes),
         w_(weights),
-        k_(kernels),
+        k_(cpu::row_kernels<T>(type)),
+        type_(type),
+        gemm_(cpu::panel_gemm<T>(type)),
         activation_(activation),
         integration_(integration),
         accumulate_(accumulate) {}
@@ -163,20 +92,19 @@ class Chunk {
 
     const Matrices<T> c = packed(a_, in);
     for_rows(streams, count, in, [&](int64_t g, int64_t r, int64_t n) {
-      k_.gather(views[g].sharer, sharer_shape, views[g].base, read_shape, rows + r, n,
-                row(c, g, r));
+      k_.gather(views[g].sharer, sharer_shape, views[g].base, read_shape, rows + r, n, c.row(g, r));
     });
     const Matrices<T> z0 = packed(z_, h);
-    multiply(z0, c, w_.in_weight);
+    multiply(z0, h, c, in, w_.in_weight);
     for_rows(streams, count, h, [&](int64_t g, int64_t r, int64_t n) {
-      k_.bias_stats(row(z0, g, r), vector(w_.in_bias, g), n, h, rstd(g, r));
+      k_.bias_stats(z0.row(g, r), vector(w_.in_bias, g), n, h, rstd(g, r));
     });
 
     const Matrices<T> a = packed(a_, m);
-    multiply(a, z0, w_.w1);
+    multiply(a, m, z0, h, w_.w1);
     scale_activate(a, a, m);
     const Matrices<T> delta = packed(d_, h);
-    multiply(delta, a, w_.w2);
+    multiply(delta, h, a, m, w_.w2);
     // y = [activated projection | z1 | activated weighting]: out_weight reads the first two,
     // head_weight the last two.
     const Matrices<T> y = packed(y_, m + h + s_.weighting);
@@ -184,7 +112,7 @@ class Chunk {
     residual(z0, delta, z1, true);
 
     const Matrices<T> branches = packed(a_, m + s_.weighting);
-    multiply(branches, z1, w_.branch_w1);
+    multiply(branches, m + s_.weighting, z1, h, w_.branch_w1);
     if (s_.weighting > 0) scale_activate(column(branches, m), weighting, s_.weighting);
     const bool deep = !w_.deep_w2.empty();
     // q = [activated projection | input of its block]; y itself at depth 3 with a folded output.
@@ -192,13 +120,13 @@ class Chunk {
     scale_activate(branches, q, m);
     Matrices<T> p = z1;
     for (size_t i = 0; i < w_.deep_w2.size(); ++i) {
-      multiply(delta, q, w_.deep_w2[i]);
+      multiply(delta, h, q, m, w_.deep_w2[i]);
       const bool another_block = i < w_.deep_w1.size();
       residual(p, delta, column(q, m), another_block);
       p = column(q, m);
       if (another_block) {
         const Matrices<T> inner = packed(a_, m);
-        multiply(inner, p, w_.deep_w1[i]);
+        multiply(inner, m, p, h, w_.deep_w1[i]);
         scale_activate(inner, q, m);
       }
     }
@@ -206,15 +134,15 @@ class Chunk {
     const Matrices<T> head = packed(s_heads_, s_.receiver.heads);
     if (s_.weighting > 0) {
       for_rows(streams, count, s_.receiver.heads * 2 * h, [&](int64_t g, int64_t r, int64_t n) {
-        k_.head_logits(row(z1, g, r), z1.row_stride, matrix(w_.head_weight, g), n, 2 * h,
-                       s_.receiver.heads, row(head, g, r));
+        k_.head_logits(z1.row(g, r), z1.row_stride, matrix(w_.head_weight, g), n, 2 * h,
+                       s_.receiver.heads, head.row(g, r));
       });
     }
     const Matrices<T> projected = packed(d_, width);
-    multiply(projected, s_.folded ? q : p, w_.out_weight);
+    multiply(projected, width, s_.folded ? q : p, s_.folded ? m + h : h, w_.out_weight);
     for_rows(streams, count, width, [&](int64_t g, int64_t r, int64_t n) {
-      k_.combine(views[g].base, views[g].out, receiver_shape, rows + r, n, row(projected, g, r),
-                 vector(w_.out_bias, g), s_.weighting > 0 ? row(head, g, r) : nullptr,
+      k_.combine(views[g].base, views[g].out, receiver_shape, rows + r, n, projected.row(g, r),
+                 vector(w_.out_bias, g), s_.weighting > 0 ? head.row(g, r) : nullptr,
                  vector(w_.head_bias, g), integration_, accumulate_);
     });
   }
@@ -224,8 +152,8 @@ class Chunk {
     return s_.sharer.width() + (s_.reads_receiver ? s_.receiver.width() : 0);
   }
 
-  // Columns of the seven buffers, in the order of `buffers()`.
-  std::array<int64_t, 7> buffer_columns() const {
+  // Columns of the eight buffers, in the order of `buffers()`.
+  std::array<int64_t, 8> buffer_columns() const {
     const int64_t h = s_.hidden, m = s_.inner;
     const int64_t q = w_.deep_w2.empty() ? 0 : m + h;
     return {std::max(input_width(), m + h),
@@ -234,16 +162,14 @@ class Chunk {
             m + h + s_.weighting,
             q,
             s_.weighting > 0 ? s_.receiver.heads : 0,
-            1};
+            1,
+            cpu::rounded_elements(gemm_, std::max(input_width(), m + h))};
   }
-  std::array<T**, 7> buffers() { return {&a_, &z_, &d_, &y_, &q_, &s_heads_, &rstd_}; }
+  std::array<T**, 8> buffers() { return {&a_, &z_, &d_, &y_, &q_, &s_heads_, &rstd_, &rounded_}; }
 
   Matrices<T> packed(T* data, int64_t cols) const { return {data, count_ * cols, cols}; }
   static Matrices<T> column(const Matrices<T>& x, int64_t first) {
     return {x.data + first, x.stream_stride, x.row_stride};
-  }
-  static T* row(const Matrices<T>& x, int64_t g, int64_t r) {
-    return x.data + g * x.stream_stride + r * x.row_stride;
   }
   T* rstd(int64_t g, int64_t r) const { return rstd_ + g * count_ + r; }
   const T* vector(const Tensor& t, int64_t g) const {
@@ -252,20 +178,24 @@ class Chunk {
   const T* matrix(const Tensor& t, int64_t g) const {
     return static_cast<const T*>(t.const_data_ptr()) + (first_ + g) * t.size(1) * t.size(2);
   }
-  void multiply(const Matrices<T>& out, const Matrices<T>& x, const Tensor& weight) const {
-    gemm(out, x, weight, first_, streams_, count_);
+  // out[g] = x[g] @ weight[g]^T; weight stands for [G, cols, depth].
+  void multiply(const Matrices<T>& out, int64_t cols, const Matrices<T>& x, int64_t depth,
+                const Tensor& weight) const {
+    const int64_t stream = weight.numel() / weight.size(0) * cpu::weight_size(type_);
+    const auto* weights = static_cast<const char*>(weight.const_data_ptr()) + first_ * stream;
+    cpu::multiply(gemm_, type_, streams_, count_, out, cols, x, depth, weights, rounded_);
   }
   void scale_activate(const Matrices<T>& from, const Matrices<T>& to, int64_t cols) const {
     for_rows(streams_, count_, cols, [&](int64_t g, int64_t r, int64_t n) {
-      k_.scale_activate(row(from, g, r), from.row_stride, rstd(g, r), n, cols, activation_,
-                        row(to, g, r), to.row_stride);
+      k_.scale_activate(from.row(g, r), from.row_stride, rstd(g, r), n, cols, activation_,
+                        to.row(g, r), to.row_stride);
     });
   }
   // to = z + delta, with the statistics of to if a norm follows.
   void residual(const Matrices<T>& z, const Matrices<T>& delta, const Matrices<T>& to,
                 bool stats) const {
     for_rows(streams_, count_, s_.hidden, [&](int64_t g, int64_t r, int64_t n) {
-      k_.residual_stats(row(z, g, r), z.row_stride, row(delta, g, r), n, s_.hidden, row(to, g, r),
+      k_.residual_stats(z.row(g, r), z.row_stride, delta.row(g, r), n, s_.hidden, to.row(g, r),
                         to.row_stride, stats ? rstd(g, r) : nullptr);
     });
   }
@@ -273,12 +203,14 @@ class Chunk {
   const FuseSizes& s_;
   const PackedWeights& w_;
   const RowKernels<T>& k_;
+  const CacheType type_;
+  const PanelGemm<T>& gemm_;
   Activation activation_;
   Integration integration_;
   bool accumulate_;
   int64_t first_ = 0, streams_ = 0, count_ = 0;
   T *a_ = nullptr, *z_ = nullptr, *d_ = nullptr, *y_ = nullptr, *q_ = nullptr, *s_heads_ = nullptr,
-    *rstd_ = nullptr;
+    *rstd_ = nullptr, *rounded_ = nullptr;
 };
 
 template <class T>
@@ -305,9 +237,11 @@ void run_fuse(const FuseCall& call, const PackedWeights& weights,
   const auto count = static_cast<int64_t>(rows.fused.size());
   if (count == 0) return;
 
-  Chunk<T> chunk(s, weights, kernels, activation, integration, accumulate);
+  Chunk<T> chunk(s, weights, type, activation, integration, accumulate);
   const int64_t row_elements = chunk.scratch_elements_per_row();
-  const int64_t budget = kScratchBytes / static_cast<int64_t>(sizeof(T)) / row_elements;  // rows
+  const int64_t bytes =
+      std::min(kMaxScratchBytes, kScratchBytesPerThread * torch::stable::get_num_threads());
+  const int64_t budget = bytes / static_cast<int64_t>(sizeof(T)) / row_elements;  // rows
   const int64_t chunk_rows = std::clamp<int64_t>(budget, 1, count);
   const int64_t chunk_streams = std::clamp<int64_t>(budget / chunk_rows, 1, s.streams);
   const int64_t scratch_size = chunk_streams * chunk_rows * row_elements;
@@ -328,19 +262,21 @@ void fuse_cpu(std::vector<Tensor> out_keys, std::vector<Tensor> out_values,
               std::vector<Tensor> sharer_keys, std::vector<Tensor> sharer_values,
               std::optional<Tensor> token_map, std::vector<int64_t> layers,
               std::vector<int64_t> sources, int64_t num_keys, int64_t sharer_heads,
-              int64_t sharer_dim, int64_t receiver_heads, int64_t receiver_dim, Tensor in_weight,
-              Tensor in_bias, Tensor w1, Tensor w2, Tensor branch_w1, std::vector<Tensor> deep_w2,
-              std::vector<Tensor> deep_w1, Tensor out_weight, Tensor out_bias, Tensor head_weight,
-              Tensor head_bias, std::string activation, std::string integration, bool accumulate) {
+              int64_t sharer_dim, int64_t receiver_heads, int64_t receiver_dim, int64_t inner,
+              bool reads_receiver, Tensor in_weight, Tensor in_bias, Tensor w1, Tensor w2,
+              Tensor branch_w1, std::vector<Tensor> deep_w2, std::vector<Tensor> deep_w1,
+              Tensor out_weight, Tensor out_bias, Tensor head_weight, Tensor head_bias,
+              std::string activation, std::string integration, bool accumulate) {
   const PackedWeights weights{in_weight, in_bias,    w1,       w2,          branch_w1, deep_w2,
                               deep_w1,   out_weight, out_bias, head_weight, head_bias};
-  const Activation act = parse_activation(activation);
-  const Integration how = parse_integration(integration);
-  const FuseCall call = check_fuse(
-      out_keys, out_values, base_keys, base_values, sharer_keys, sharer_values, token_map, layers,
-      sources, num_keys, {sharer_heads, sharer_dim}, {receiver_heads, receiver_dim}, weights);
+  const Activation act = cpu::parse_activation(activation);
+  const Integration how = cpu::parse_integration(integration);
+  const FuseCall call =
+      check_fuse(out_keys, out_values, base_keys, base_values, sharer_keys, sharer_values,
+                 token_map, layers, sources, num_keys, {sharer_heads, sharer_dim},
+                 {receiver_heads, receiver_dim}, inner, reads_receiver, weights);
   if (call.sizes.streams == 0 || call.sizes.batch * call.sizes.tokens == 0) return;
-  const CacheType type = cache_type(call.streams[0].base->scalar_type());
+  const CacheType type = cpu::cache_type(call.streams[0].base->scalar_type());
   if (type == CacheType::kFloat64) {
     run_fuse<double>(call, weights, token_map, type, act, how, accumulate);
   } else {

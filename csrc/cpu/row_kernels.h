@@ -89,7 +89,7 @@ const RowKernels<float>& row_kernels<float>(CacheType type);
 template <>
 const RowKernels<double>& row_kernels<double>(CacheType type);
 
-// "avx512", "avx2" or "baseline".
+// "avx512bf16", "avx512", "avx2" or "baseline".
 // Exported, as the only function: the Python module reports it.
 __attribute__((visibility("default"))) const char* instruction_set();
 

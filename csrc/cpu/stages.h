@@ -1,0 +1,123 @@
+// What the stages of a fusion on the CPU share: rows of matrices, split into tasks for the threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../scalar_math.h"
+#include "panel_gemm.h"
+#include "row_kernels.h"
+
+namespace c2c::cpu {
+
+constexpr int64_t kElementsPerTask = 16384;  // below this a second thread does not pay
+constexpr int64_t kInputBytesPerTask = int64_t{256} << 10;  // rows that a product reads stay in L2
+
+inline CacheType cache_type(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::Double:
+      return CacheType::kFloat64;
+    case ScalarType::BFloat16:
+      return CacheType::kBfloat16;
+    case ScalarType::Half:
+      return CacheType::kFloat16;
+    default:
+      return CacheType::kFloat32;
+  }
+}
+
+inline Activation parse_activation(const std::string& name) {
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "silu") return Activation::kSilu;
+  throw std::runtime_error("c2c_ext.fuse: activation must be gelu, relu or silu, got " + name);
+}
+
+inline Integration parse_integration(const std::string& name) {
+  if (name == "residual") return Integration::kResidual;
+  if (name == "interpolation") return Integration::kInterpolation;
+  if (name == "replacement") return Integration::kReplacement;
+  throw std::runtime_error(
+      "c2c_ext.fuse: integration must be residual, interpolation or replacement, got " + name);
+}
+
+inline CacheView view_of(const torch::stable::Tensor& t) {
+  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+}
+
+template <class T>
+struct Matrices {  // `streams` matrices [rows, cols] at a row stride, one after another
+  T* data;
+  int64_t stream_stride, row_stride;
+
+  T* row(int64_t g, int64_t r) const { return data + g * stream_stride + r * row_stride; }
+};
+
+// Calls f(stream, first row, row count) for all streams x rows, in parallel.
+template <class F>
+void for_rows(int64_t streams, int64_t rows, int64_t elements_per_row, const F& f) {
+  const int64_t block =
+      std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_row));
+  const int64_t blocks = (rows + block - 1) / block;
+  torch::stable::parallel_for(0, streams * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = (i % blocks) * block;
+      f(i / blocks, first, std::min(block, rows - first));
+    }
+  });
+}
+
+// Inputs of a product rounded to bfloat16: elements of scratch per row, or 0 where it needs none.
+template <class T>
+int64_t rounded_elements(const PanelGemm<T>& gemm, int64_t depth) {
+  return gemm.round_rows == nullptr ? 0 : (depth + 2) / 2;
+}
+
+// out[g] = x[g] @ weight[g]^T for `streams` x `rows`. The weights stand for [streams, cols, depth];
+// `scratch` has rounded_elements(depth) elements for every row of every stream.
+template <class T>
+void multiply(const PanelGemm<T>& gemm, CacheType type, int64_t streams, int64_t rows,
+              const Matrices<T>& out, int64_t cols, const Matrices<T>& x, int64_t depth,
+              const void* weights, T* scratch) {
+  const bool native = gemm.multiply_native != nullptr;
+  const int64_t even = (depth + 1) / 2 * 2;
+  auto* rounded = reinterpret_cast<uint16_t*>(scratch);
+  if (native) {
+    for_rows(streams, rows, depth, [&](int64_t g, int64_t r, int64_t n) {
+      gemm.round_rows(x.row(g, r), x.row_stride, n, depth, rounded + (g * rows + r) * even, even);
+    });
+  }
+  const int64_t stream_bytes =
+      (cols + kPanel - 1) / kPanel * panel_elements(depth, type) * weight_size(type);
+  // A task has as many rows as stay in a core's cache while it goes through its columns.
+  const int64_t input_bytes = depth * (native ? 2 : static_cast<int64_t>(sizeof(T)));
+  const int64_t block = std::max<int64_t>(8, kInputBytesPerTask / input_bytes / 8 * 8);
+  const int64_t row_blocks = (rows + block - 1) / block;
+  const int64_t step = 4 * gemm.column_step;
+  const int64_t column_blocks = (cols + step - 1) / step;
+  const int64_t per_stream = row_blocks * column_blocks;
+  torch::stable::parallel_for(0, streams * per_stream, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t g = i / per_stream;
+      const int64_t c = i % per_stream / row_blocks * step, r = i % row_blocks * block;
+      const int64_t n = std::min(block, rows - r), wide = std::min(step, cols - c);
+      const char* w = static_cast<const char*>(weights) + g * stream_bytes;
+      T* to = out.row(g, r) + c;
+      if constexpr (sizeof(T) == 4) {
+        if (native) {
+          gemm.multiply_native(rounded + (g * rows + r) * even, even, w, even, n, c, wide, to,
+                               out.row_stride);
+          continue;
+        }
+      }
+      gemm.multiply(x.row(g, r), x.row_stride, w, depth, n, c, wide, to, out.row_stride);
+    }
+  });
+}
+
+}  // namespace c2c::cpu
