@@ -65,6 +65,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument("--sharer", metavar="DIR", help="record this model and compare shapes")
     convert.add_argument("--overwrite", action="store_true", help="replace a fuser that is there")
 
+    bench = commands.add_parser(
+        "bench", help="how fast fusing is on this machine, in under a minute (docs/benchmarks.md)"
+    )
+    bench.add_argument(
+        "--tokens", metavar="N", type=int, nargs="+", help="per prompt (default: 1 16 64 170)"
+    )
+    bench.add_argument(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        nargs="+",
+        help="of the caches (default: fp32 bf16)",
+    )
+    bench.add_argument("--quick", action="store_true", help="a tiny shape, in seconds")
+    bench.add_argument("--json", metavar="FILE", help="also write the exact numbers to this file")
+
     options = parser.parse_args(arguments)
     if options.command is None and not options.version:
         parser.error("a command is needed: " + ", ".join(commands.choices))
@@ -90,6 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 receiver=options.receiver,
                 sharer=options.sharer,
                 overwrite=options.overwrite,
+            )
+        elif options.command == "bench":
+            from .bench import run_bench
+
+            status = run_bench(
+                options.tokens, options.dtype, quick=options.quick, json_path=options.json
             )
         else:
             from .info import run_info
