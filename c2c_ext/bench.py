@@ -149,7 +149,8 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
     except ImportError:
         bar = None
     else:
-        bar = Progress(console=Console(stderr=True), transient=True)
+        # Drawn at steps alone: a thread that redraws would take time from what is timed.
+        bar = Progress(console=Console(stderr=True), transient=True, auto_refresh=False)
     if bar is None or not sys.stderr.isatty():
         yield lambda what: print(f"bench: {what} ...", file=sys.stderr, flush=True)
         return
@@ -159,7 +160,7 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 
         def step(what: str) -> None:
             nonlocal begun
-            bar.update(task, description=what, completed=begun)
+            bar.update(task, description=what, completed=begun, refresh=True)
             begun += 1
 
         yield step

@@ -1,0 +1,70 @@
+"""How long does a whole fusion take? Plain PyTorch, torch.compile and c2c_ext in turns.
+
+usage: python benchmarks/bench_fuse.py [--shapes real large tiny] [--dtypes fp32 bf16]
+           [--gates all half] [--batches B ...] [--tokens N ...] [--providers ...]
+           [--threads T] [--affinity 0,1] [--rounds R] [--quick] [--output FILE]
+
+Every provider is verified against float64 before it is timed. docs/benchmarks.md says how to read
+the results.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from itertools import groupby
+
+import harness
+import shapes
+
+from c2c_ext.fusion_bench import (
+    GATES,
+    PROVIDERS,
+    SHAPES,
+    FusionCase,
+    make_fuser,
+    measure_fusion,
+    set_gates,
+)
+from c2c_ext.measure import BASELINE
+from c2c_ext.report import DTYPES
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["real", "large", "tiny"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES))
+    parser.add_argument("--batches", nargs="+", type=harness.positive)
+    parser.add_argument("--tokens", nargs="+", type=harness.positive)
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    options = parser.parse_args(argv)
+    if BASELINE not in options.providers:
+        parser.error(f"--providers must contain {BASELINE}, which the others are verified with")
+    if options.quick:
+        options.shapes, options.tokens = ["tiny"], options.tokens or [1, 16]
+    results = harness.Results("fuse", options, options.dtypes)
+    cells = shapes.fusion_cells(
+        options.shapes, options.dtypes, options.gates, options.batches, options.tokens
+    )
+    for (shape, _), same_fuser in groupby(cells, key=lambda c: (c.shape, c.dtype)):
+        fuser, gates = None, None
+        for cell in same_fuser:
+            if fuser is None:  # only one is alive: the large ones take gigabytes
+                harness.say(f"fuser {shape} {cell.dtype}")
+                fuser = make_fuser(SHAPES[shape], cell.torch_dtype)
+            if gates != cell.gates:
+                gates = cell.gates
+                set_gates(fuser, gates)
+            case = FusionCase(fuser, cell.torch_dtype, cell.batch, cell.tokens)
+            what = {"shape": shape, "gates": gates}
+            providers = tuple(options.providers)
+            results.add(*measure_fusion(what, case, results.ceilings, results.effort, providers))
+            del case
+        del fuser
+        gc.collect()
+    return results.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
