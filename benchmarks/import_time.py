@@ -13,15 +13,14 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
-from c2c_ext import info
+from c2c_ext.machine import environment
+from c2c_ext.measure import Timing, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE, OURS = "import torch", "import torch, c2c_ext"
@@ -54,8 +53,7 @@ def measure(runs: int) -> dict[str, list[dict[str, float]]]:
 
 def summary(values: list[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile, in seconds."""
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[-1]}
+    return Timing(values, len(values)).summary()
 
 
 def main() -> None:
@@ -73,16 +71,13 @@ def main() -> None:
         torch, ours = ([run[clock] for run in times[statement]] for statement in (BASELINE, OURS))
         added = [b - a for a, b in zip(torch, ours, strict=True)]
         rows[clock] = {BASELINE: summary(torch), OURS: summary(ours), "added": summary(added)}
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "none"
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     results = {
-        "environment": {"date": now, "commit": commit, **info.describe()},
+        "environment": environment(ROOT),
         "load_average": os.getloadavg()[0],
         "runs": options.runs,
         "seconds": rows,
     }
-    options.output.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(options.output, results)
     print(json.dumps(rows, indent=2))
 
 

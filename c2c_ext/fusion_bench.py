@@ -60,15 +60,20 @@ SHAPES = {
 
 
 def make_fuser(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Fuser:
-    """Random weights, scaled so that what is fused clearly differs from what is not; frozen."""
+    """A frozen fuser with random weights."""
     torch.manual_seed(seed)
-    fuser = Fuser(shape.config()).eval().requires_grad_(False)
+    return randomised(Fuser(shape.config())).to(dtype)
+
+
+def randomised(fuser: Fuser) -> Fuser:
+    """A fresh fuser, scaled so that what is fused clearly differs from what is not; frozen."""
+    fuser.eval().requires_grad_(False)
     for name, parameter in fuser.named_parameters():
         if name.endswith("_norm"):
             parameter.uniform_(0.5, 1.5)
         elif name.endswith(("in_weight", "out_weight", "head_weight")):
             parameter.mul_(3.0)
-    return fuser.to(dtype)
+    return fuser
 
 
 def set_gates(fuser: Fuser, gates: str) -> None:

@@ -265,6 +265,10 @@ def document(
 
 
 def write_json(target: Path, data: Mapping[str, Any]) -> None:
+    """Writes a results file that is there whole or not at all."""
+    write_text(target, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(target: Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     write_atomically({target: lambda path: Path(path).write_text(text, "utf-8")})
