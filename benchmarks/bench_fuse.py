@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
             providers = tuple(options.providers)
             results.add(*measure_fusion(what, case, results.ceilings, results.effort, providers))
             del case
+            gc.collect()
         del fuser
-        gc.collect()
     return results.finish()
 
 

@@ -77,7 +77,6 @@ def alternate(
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     collecting = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         begun = clock()
