@@ -105,7 +105,7 @@ def test_a_command_is_needed(capsys: pytest.CaptureFixture) -> None:
     [
         ({"num_hidden_layers": "two"}, "is not a model configuration|must be in 1..1024, got two"),
         ({"head_dim": 0}, "KVShape.head_dim must be an integer of at least 1, got 0"),
-        ({"num_key_value_heads": -2}, "KVShape.num_heads must be an integer of at least 1"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads must be at least 1, got -2"),
     ],
 )
 def test_a_bad_model_configuration_is_one_clear_line(
