@@ -29,7 +29,7 @@ constexpr int kVectorBytes = 16, kRegisters = 32;
 constexpr int kVectorBytes = 16, kRegisters = 16;
 #endif
 
-constexpr int64_t kDepthPart = 64;  // inputs of one running sum; even
+constexpr int64_t kDepthPart = 32;  // inputs of one running sum; even
 
 template <class T>
 struct Vector {
