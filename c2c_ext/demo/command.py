@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from c2c_ext.demo import evaluate as ev
 from c2c_ext.demo import world as w
 from c2c_ext.generation import attached
 from c2c_ext.info import describe
+from c2c_ext.machine import commit_of
 from c2c_ext.serialization import write_atomically
 
 SEED = 0
@@ -83,7 +83,8 @@ def run_demo(
     good = _verdict(rows)
     if json_path is not None:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        environment = {"date": now, "commit": _commit(), **describe()}
+        commit, dirty = commit_of(Path(__file__).parents[2])
+        environment = {"date": now, "commit": commit, "dirty": dirty, **describe()}
         results = {"environment": environment, "held_out": rows, "latency_ms": latency}
         text = json.dumps(results, indent=2) + "\n"
         write_atomically({Path(json_path): lambda path: Path(path).write_text(text)})
@@ -276,16 +277,6 @@ def _verdict(rows: Sequence[dict]) -> bool:
     else:
         print("Receiver alone, mismatched and zero caches are inside the interval of guessing.")
     return not astray and worst >= EXPECTED * count
-
-
-def _commit() -> str:
-    """The checkout's commit, "-dirty" appended if anything tracked differs; else "none"."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
-    return done.stdout.strip()
 
 
 def _print_columns(lines: Sequence[Sequence[str]]) -> None:
