@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             case = FusionCase(fuser, cell.torch_dtype, cell.batch, cell.tokens)
             what = {"shape": shape, "gates": gates}
             providers = tuple(options.providers)
-            results.add(*measure_fusion(what, case, results.ceilings, results.effort, providers))
+            results.add(*measure_fusion(what, case, results.sampler, results.effort, providers))
             del case
             gc.collect()
         del fuser

@@ -287,7 +287,7 @@ def _rstd(z: Tensor) -> Tensor:
 
 
 def measure_kernel(
-    cell: Cell, kernel: Kernel, ceilings: Ceilings, effort: Effort
+    cell: Cell, kernel: Kernel, ceilings: Callable[[torch.dtype], Ceilings], effort: Effort
 ) -> tuple[list[Cell], list[Cell]]:
     """Calls rotate among sets of inputs of twice the last-level cache in all, as they fit."""
     wanted = min(1 + 2 * last_level_cache() // kernel.bytes, MAX_BYTES // kernel.bytes, MAX_SETS)
@@ -360,7 +360,7 @@ def main(argv: list[str] | None = None, ops: Any = torch.ops.c2c) -> int:
                         "batch": 1,
                         "tokens": tokens,
                     }
-                    results.add(*measure_kernel(cell, kernel, results.ceilings, results.effort))
+                    results.add(*measure_kernel(cell, kernel, results.sampler, results.effort))
     return results.finish()
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from c2c_ext.fusion_bench import gemm_dtypes
 from c2c_ext.machine import environment
 from c2c_ext.measure import Cell, Effort, document, write_json
-from c2c_ext.probe import probe
+from c2c_ext.probe import CeilingSampler, probe
 from c2c_ext.report import DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,8 +107,14 @@ class Results:
         say("ceilings of this machine")
         chosen = {name: DTYPES[name] for name in dtypes}
         seconds = 0.3 if options.quick else 8.0
-        self.ceilings = probe(torch.device("cpu"), gemm_dtypes(chosen), seconds=seconds)
+        cpu, self._gemms = torch.device("cpu"), gemm_dtypes(chosen)
+        self.ceilings = probe(cpu, self._gemms, seconds=seconds)
         self._write(complete=False)
+
+    @cached_property
+    def sampler(self) -> CeilingSampler:
+        """Measures the ceilings again, as `measure_cell` wants it."""
+        return CeilingSampler(torch.device("cpu"), self._gemms)
 
     def add(self, rows: Sequence[Cell], left_out: Sequence[Cell] = ()) -> None:
         """Keeps and prints the rows of a cell, and what was left out of it."""

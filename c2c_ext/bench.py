@@ -12,7 +12,7 @@ from .fusion_bench import SHAPES, FusionCase, gemm_dtypes, make_fuser, measure_f
 from .info import _checked_target, format_bytes, format_seconds
 from .machine import environment
 from .measure import BASELINE, Cell, Effort, document, write_json
-from .probe import probe
+from .probe import CeilingSampler, probe
 from .report import DTYPES
 
 TOKENS = (1, 16, 64, 170)
@@ -59,6 +59,7 @@ def run_bench(
     with _progress(1 + len(chosen) * len(tokens)) as step:
         step("ceilings of this machine")
         ceilings = probe(cpu, gemm_dtypes(chosen), seconds=0.3 if quick else 3.0)
+        sampler = CeilingSampler(cpu, gemm_dtypes(chosen))
         for label, dtype in chosen.items():
             fuser = make_fuser(SHAPES[name], dtype)
             set_gates(fuser, "all")
@@ -66,7 +67,7 @@ def run_bench(
                 step(f"{label}, {n} tokens")
                 case = FusionCase(fuser, dtype, 1, n)
                 cell = {"shape": name, "gates": "all"}
-                new, wrong = measure_fusion(cell, case, ceilings, effort, PROVIDERS)
+                new, wrong = measure_fusion(cell, case, sampler, effort, PROVIDERS)
                 rows += new
                 left_out += wrong
     layers, heads, dim = SHAPES[name].receiver
@@ -80,7 +81,7 @@ def run_bench(
         f"{str(dtype).removeprefix('torch.')} GEMM {rate / 1e9:,.0f} GFLOP/s"
         for dtype, rate in ceilings.gemm.items()
     )
-    print(f"{where['cpu']}; ceilings measured now: {format_bytes(ceilings.memory)}/s, {rates}")
+    print(f"{where['cpu']}; ceilings: {format_bytes(ceilings.memory)}/s, {rates}")
     _print_table(table(rows))
     for cell in left_out:
         print(f"left out: {cell['provider']}, {cell['dtype']}, {cell['tokens']} tokens: ", end="")

@@ -186,7 +186,7 @@ def scratch_bytes(
         columns = max(inputs, m + h) + h + max(receiver.width, h) + (m + h + weighting)
         columns += (m + h if deep else 0) + heads + 1
         if multiplies_bfloat16(work.dtype, device):  # inputs rounded
-            columns += (max(inputs, m + h) + 2) // 2
+            columns += (-(-max(inputs, m + h) // 32) | 1) * 16
         budget = most // itemsize // columns  # (stream, token) pairs
         rows = min(max(budget, 1), work.rows)
         streams = min(max(budget // rows, 1), count)

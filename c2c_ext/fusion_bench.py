@@ -278,7 +278,7 @@ class FusionCase:
 def measure_fusion(
     cell: Cell,
     case: FusionCase,
-    ceilings: Ceilings,
+    ceilings: Callable[[torch.dtype], Ceilings],
     effort: Effort,
     providers: tuple[str, ...] = PROVIDERS,
 ) -> tuple[list[Cell], list[Cell]]:

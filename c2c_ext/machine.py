@@ -16,6 +16,11 @@ from . import build_info
 from .info import describe
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+# Environment variables that change which instructions run, or on how many threads.
+VARIABLES = (
+    *("C2C_EXT_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"),
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "KMP_AFFINITY", "GOMP_CPU_AFFINITY"),
+)
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -38,6 +43,8 @@ def environment(root: Path = PACKAGE.parent) -> dict[str, Any]:
         "logical_cpus": os.cpu_count(),
         "affinity": sorted(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "cache_bytes": cache_sizes(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "parallel": [s.strip() for s in torch.__config__.parallel_info().splitlines() if s.strip()],

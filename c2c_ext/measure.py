@@ -66,6 +66,7 @@ def alternate(
     calls: Mapping[str, Callable[[int], object]],
     effort: Effort,
     clock: Callable[[], float] = time.perf_counter,
+    before_round: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
     """Times ``calls`` in turns, so that a slow moment of the machine hits all of them.
 
@@ -74,6 +75,7 @@ def alternate(
     Args:
         calls: by provider; each is called with 0, 1, 2, ...
         clock: seconds.
+        before_round: called before every round, not timed.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     collecting = gc.isenabled()
@@ -81,6 +83,7 @@ def alternate(
     try:
         begun = clock()
         for round_ in itertools.count(1):
+            before_round()
             for name in calls if round_ % 2 else reversed(calls):
                 _take_turn(calls[name], samples[name], effort.turn, clock)
             enough = round_ >= effort.rounds and all(
@@ -171,7 +174,7 @@ def measure_cell(
     calls: Mapping[str, Callable[[int], Any]],
     check: Callable[[str, Callable[[int], Any]], Mapping[str, Any]],
     work: Work | None,
-    ceilings: Ceilings,
+    ceilings: Callable[[torch.dtype], Ceilings],
     effort: Effort,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[Cell], list[Cell]]:
@@ -185,6 +188,7 @@ def measure_cell(
         check: of a provider's name and call: calls it, which also warms it up, and compares what
             it gives. Returns what goes into its row as ``verified``, or raises `Unverified`.
         work: what has to be done at least; None: not known, no fraction of a ceiling.
+        ceilings: measures those of a GEMM dtype, before every round; the best of all count.
     """
     verified, left_out = {}, []
     for name, call in calls.items():
@@ -196,8 +200,22 @@ def measure_cell(
                 break
     if BASELINE not in verified:
         return [], left_out
-    timings = alternate({name: calls[name] for name in verified}, effort, clock)
-    return result_rows(cell, timings, verified, work, ceilings), left_out
+    seen: list[Ceilings] = []
+    timings = alternate(
+        {name: calls[name] for name in verified},
+        effort,
+        clock,
+        lambda: seen.append(ceilings(work.dtype)) if work is not None else None,
+    )
+    return result_rows(cell, timings, verified, work, fastest(seen)), left_out
+
+
+def fastest(seen: Sequence[Ceilings]) -> Ceilings | None:
+    """Each ceiling at its best; None of none."""
+    if not seen:
+        return None
+    gemm = {dtype: max(c.gemm[dtype] for c in seen) for dtype in seen[0].gemm}
+    return Ceilings(seen[0].device, max(c.memory for c in seen), gemm)
 
 
 def result_rows(
@@ -205,7 +223,7 @@ def result_rows(
     timings: Mapping[str, Timing],
     verified: Mapping[str, Mapping[str, Any]],
     work: Work | None,
-    ceilings: Ceilings,
+    ceilings: Ceilings | None,
 ) -> list[Cell]:
     """One row per provider. ``ratios``: how many times as long the others took, by median."""
     medians = {name: timing.summary()["median"] for name, timing in timings.items()}
@@ -218,12 +236,14 @@ def result_rows(
             "calls": len(timing.seconds),
             "rounds": timing.rounds,
         }
-        if work is not None:
+        if work is not None and ceilings is not None:
             row |= {
                 "bytes": work.bytes,
                 "flop": work.flop,
                 "bytes_per_second": work.bytes / medians[name],
                 "flop_per_second": work.flop / medians[name],
+                "memory_ceiling": ceilings.memory,
+                "gemm_ceiling": ceilings.gemm[work.dtype],
                 "bound": work.bound(ceilings),
                 "fraction_of_ceiling": work.seconds(ceilings) / medians[name],
             }

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from .estimate import Ceilings
 from .packed import sum_dtype, to_panels
@@ -13,6 +14,7 @@ from .packed import sum_dtype, to_panels
 SECONDS = 8.0  # for all devices; starting up and last repetitions come on top
 BUFFER_BYTES = 256 << 20  # larger than any cache
 SMALLEST_GEMM = 256
+SAMPLED_GEMM, SAMPLED_TIMES = 1024, 3  # of `CeilingSampler`
 LARGEST_GEMM = {"cpu": 4096, "cuda": 8192}
 
 
@@ -48,6 +50,31 @@ def probe(
     return Ceilings(str(device), memory, gemm)
 
 
+class CeilingSampler:
+    """The ceilings of this moment, in some tens of milliseconds; what it works on is kept.
+
+    Called again and again among other measurements, its best value says what the machine could do
+    at the time: on a shared machine that changes within minutes.
+
+    Args:
+        device: a CPU or CUDA device.
+        dtypes: of the GEMMs.
+    """
+
+    def __init__(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
+        self._timer = _Timer(device, time.perf_counter)
+        self._source = torch.ones(BUFFER_BYTES // 4, device=device)
+        self._target = torch.zeros_like(self._source)
+        self._products = {d: _products(self._timer, d, SAMPLED_GEMM) for d in dtypes}
+
+    def __call__(self, dtype: torch.dtype) -> Ceilings:
+        """Memory, and the GEMM of one of the dtypes."""
+        products = self._products[dtype]
+        fastest = min(self._timer(run) for _ in range(SAMPLED_TIMES) for run in products)
+        memory = max(_memory_rates(self._timer, self._source, self._target))
+        return Ceilings(str(self._timer.device), memory, {dtype: 2 * SAMPLED_GEMM**3 / fastest})
+
+
 class _Timer:
     """Seconds of one call on a device, everything it started included."""
 
@@ -71,10 +98,16 @@ def _memory_rate(timer: _Timer, seconds: float) -> float:
     target = torch.zeros_like(source)
     best, spent = 0.0, timer(lambda: target.copy_(source))  # warms up
     while best == 0.0 or spent < seconds:
-        copied, summed = timer(lambda: target.copy_(source)), timer(source.sum)
-        spent += copied + summed
-        best = max(best, 2 * source.nbytes / copied, source.nbytes / summed)
+        copied, summed = _memory_rates(timer, source, target)
+        spent += 2 * source.nbytes / copied + source.nbytes / summed
+        best = max(best, copied, summed)
     return best
+
+
+def _memory_rates(timer: _Timer, source: Tensor, target: Tensor) -> tuple[float, float]:
+    """Bytes per second of copying and of summing."""
+    copied, summed = timer(lambda: target.copy_(source)), timer(source.sum)
+    return 2 * source.nbytes / copied, source.nbytes / summed
 
 
 def _gemm_rate(timer: _Timer, dtype: torch.dtype, seconds: float) -> float:

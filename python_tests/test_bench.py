@@ -14,6 +14,7 @@ from torch import Tensor
 
 from c2c_ext import machine
 from c2c_ext import measure as ms
+from c2c_ext import probe as probe_module
 from c2c_ext.cli import main
 from c2c_ext.estimate import Ceilings, Work
 from c2c_ext.fusion_bench import (
@@ -141,7 +142,7 @@ def test_what_is_not_verified_is_not_timed_and_has_no_row() -> None:
             raise ms.Unverified("off by one")
         return {}
 
-    rows, left_out = ms.measure_cell({"n": 1}, calls, check, None, CEILINGS, NO_EFFORT, time)
+    rows, left_out = ms.measure_cell({"n": 1}, calls, check, None, quiet_probe, NO_EFFORT, time)
     assert [row["provider"] for row in rows] == ["reference", "right"]
     assert left_out == [{"n": 1, "provider": "wrong", "reason": "off by one"}]
     assert "wrong" not in time.called
@@ -154,8 +155,35 @@ def test_without_a_verified_reference_there_are_no_rows() -> None:
         return {}
 
     calls = {"reference": lambda i: None, "fuse": lambda i: None}
-    rows, left_out = ms.measure_cell({}, calls, check, None, CEILINGS, NO_EFFORT)
+    rows, left_out = ms.measure_cell({}, calls, check, None, quiet_probe, NO_EFFORT)
     assert (rows, len(left_out)) == ([], 1)
+
+
+def test_ceilings_are_measured_again_before_every_round_and_the_best_counts() -> None:
+    time = FakeTime()
+    memory = iter((1e9, 4e9, 2e9))
+    work = Work(bytes=10**9, flop=0, dtype=torch.float32)
+    asked = []
+
+    def ceilings(dtype: torch.dtype) -> Ceilings:
+        asked.append(dtype)
+        return Ceilings("cpu", next(memory), {dtype: 1e10})
+
+    effort = ms.Effort(rounds=3, seconds=0.0)
+    calls = {"reference": time.provider("reference", 1.0)}
+    (row,), _ = ms.measure_cell({}, calls, lambda *_: {}, work, ceilings, effort, time)
+    assert asked == [torch.float32] * 3
+    assert row["memory_ceiling"] == 4e9
+    assert row["fraction_of_ceiling"] == pytest.approx(0.25)
+
+
+def test_the_sampler_measures_memory_and_the_asked_gemm(monkeypatch) -> None:
+    monkeypatch.setattr(probe_module, "BUFFER_BYTES", 1 << 16)
+    monkeypatch.setattr(probe_module, "SAMPLED_GEMM", 32)
+    sampler = probe_module.CeilingSampler(torch.device("cpu"), [torch.float32, torch.bfloat16])
+    found = sampler(torch.bfloat16)
+    assert found.memory > 0
+    assert list(found.gemm) == [torch.bfloat16] and found.gemm[torch.bfloat16] > 0
 
 
 # The verification rule.
@@ -223,7 +251,7 @@ def test_every_provider_but_the_compiled_one_is_verified(fuser, gates: str, batc
     set_gates(fuser, gates)
     case = FusionCase(fuser, torch.float32, batch, 5)
     providers = tuple(name for name in PROVIDERS if name != "compiled")  # takes a compiler
-    rows, left_out = measure_fusion({"gates": gates}, case, CEILINGS, NO_EFFORT, providers)
+    rows, left_out = measure_fusion({"gates": gates}, case, quiet_probe, NO_EFFORT, providers)
     assert left_out == []
     assert [row["provider"] for row in rows] == list(providers)
     for row in rows:
@@ -395,6 +423,7 @@ def test_bench_fuse_writes_what_plot_draws(
 ) -> None:
     bench, harness, plot = scripts("bench_fuse"), scripts("harness"), scripts("plot")
     monkeypatch.setattr(harness, "probe", quiet_probe)
+    monkeypatch.setattr(harness, "CeilingSampler", lambda *_: quiet_probe)
     target = tmp_path / "fuse.json"
     options = ["--quick", "--dtypes", "fp32", "--providers", "reference", "fuse"]
     assert bench.main([*options, "--output", str(target)]) == 0
@@ -421,6 +450,7 @@ def test_an_interrupted_run_keeps_its_rows(
 ) -> None:
     bench, harness = scripts("bench_fuse"), scripts("harness")
     monkeypatch.setattr(harness, "probe", quiet_probe)
+    monkeypatch.setattr(harness, "CeilingSampler", lambda *_: quiet_probe)
     measured = bench.measure_fusion
 
     def interrupted(cell, case, *rest):
@@ -502,6 +532,7 @@ def test_every_stage_is_verified_and_timed(
 ) -> None:
     bench, harness, plot = scripts("bench_kernels"), scripts("harness"), scripts("plot")
     monkeypatch.setattr(harness, "probe", quiet_probe)
+    monkeypatch.setattr(harness, "CeilingSampler", lambda *_: quiet_probe)
     monkeypatch.setattr(harness, "QUICK", NO_EFFORT)
     target = tmp_path / "kernels.json"
     assert bench.main(["--quick", "--tokens", "1", "--output", str(target)], STAGES) == 0
@@ -525,7 +556,7 @@ def test_a_wrong_stage_has_no_row(scripts, kernel: str) -> None:
     setattr(ops, name, wrong)
     stages = bench.Stages(ops, TINY, torch.float32, 4)
     (found,) = (k for k in stages.kernels() if k.name == kernel)
-    rows, left_out = bench.measure_kernel({}, found, CEILINGS, NO_EFFORT)
+    rows, left_out = bench.measure_kernel({}, found, quiet_probe, NO_EFFORT)
     assert [row["provider"] for row in rows] == ["reference"]
     assert left_out[0]["reason"].startswith(f"{kernel} output 0: max error")
 
@@ -540,6 +571,7 @@ def test_generate_is_broken_down_and_its_tokens_verified(
 ) -> None:
     bench, harness, plot = scripts("bench_generate"), scripts("harness"), scripts("plot")
     monkeypatch.setattr(harness, "probe", quiet_probe)
+    monkeypatch.setattr(harness, "CeilingSampler", lambda *_: quiet_probe)
     target = tmp_path / "generate.json"
     options = ["--quick", "--no-memory", "--dtypes", "fp32", "--output", str(target)]
     assert bench.main(options) == 0

@@ -30,6 +30,7 @@ constexpr int kVectorBytes = 16, kRegisters = 16;
 #endif
 
 constexpr int64_t kDepthPart = 32;  // inputs of one running sum; even
+constexpr int64_t kLineBytes = 64;
 
 template <class T>
 struct Vector {
@@ -93,6 +94,11 @@ struct PanelRow<float, Float16> {
   }
 };
 
+// Fetches `bytes` from `from` towards L2; the address need not be mapped.
+inline void prefetch(const char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(from + i, 0, 2);
+}
+
 // Panels side by side and rows on top of each other whose sums fit the registers, beside one row
 // of weights and one input.
 template <class T>
@@ -109,14 +115,18 @@ void store(const V& sums, int64_t cols, T* out) {
   std::memcpy(out, &sums, (cols < Vector<T>::kLanes ? cols : Vector<T>::kLanes) * sizeof(T));
 }
 
-// kRows rows x kPanels panels, the last of which may have fewer than 16 columns.
+// kRows rows x kPanels panels, the last of which may have fewer than 16 columns. As it goes through
+// w it fetches as much from `ahead`: the processor's own prefetching starts anew with every panel.
 template <class T, class W, int kRows, int kPanels>
-void tile(const T* x, int64_t ldx, const W* w, int64_t panel, int64_t depth, int64_t cols, T* out,
-          int64_t ldo) {
+void tile(const T* x, int64_t ldx, const W* w, const char* ahead, int64_t panel, int64_t depth,
+          int64_t cols, T* out, int64_t ldo) {
   using Row = PanelRow<T, W>;
   constexpr int kVectors = Vector<T>::kPerPanel;
   Vec<T> sums[kRows][kPanels][kVectors] = {};
   const auto add = [&](int64_t i, int pairs) __attribute__((always_inline)) {
+    for (int p = 0; p < kPanels; ++p) {
+      prefetch(ahead + (p * panel + i * kPanel) * sizeof(W), Row::kPair * kPanel * sizeof(W));
+    }
     // All panels' weights first: GCC keeps them in registers across the rows.
     const auto once = [&](int p) __attribute__((always_inline)) {
       return Row(w + p * panel + i * kPanel);
@@ -169,8 +179,8 @@ void tile(const T* x, int64_t ldx, const W* w, int64_t panel, int64_t depth, int
 
 #if defined(__AVX512BF16__)
 template <int kRows, int kPanels>
-void native_tile(const uint16_t* x, int64_t ldx, const uint16_t* w, int64_t panel, int64_t depth,
-                 int64_t cols, float* out, int64_t ldo) {
+void native_tile(const uint16_t* x, int64_t ldx, const uint16_t* w, const char* ahead,
+                 int64_t panel, int64_t depth, int64_t cols, float* out, int64_t ldo) {
   __m512 sums[kRows][kPanels];
   for (auto& row : sums) {
     for (auto& sum : row) sum = _mm512_setzero_ps();
@@ -179,6 +189,7 @@ void native_tile(const uint16_t* x, int64_t ldx, const uint16_t* w, int64_t pane
     __m512i weights[kPanels];
     for (int p = 0; p < kPanels; ++p) {
       weights[p] = _mm512_loadu_si512(w + p * panel + i * kPanel);
+      prefetch(ahead + (p * panel + i * kPanel) * 2, kLineBytes);
     }
     for (int r = 0; r < kRows; ++r) {
       int32_t two;
@@ -203,18 +214,25 @@ struct Constant {
   static constexpr int value = kNumber;
 };
 
-// Calls f with the largest tile first: kRows rows while they last, then the rest at once.
+// Calls f(first row, count) with tiles of kRows rows while they last; what is then left, with two
+// tiles of about the same size if it is more than one, for a tile of one or two rows is slow.
 template <int kRows, class F>
 void for_tiles(int64_t rows, const F& f) {
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) f(r, Constant<kRows>{});
-  const auto rest = [&](auto self, auto count) -> void {
+  for (; rows - r == kRows || rows - r >= 2 * kRows; r += kRows) f(r, Constant<kRows>{});
+  const auto some = [&](auto self, int64_t number, auto count) -> void {
     if constexpr (count.value > 0) {
-      if (rows - r == count.value) return f(r, count);
-      self(self, Constant<count.value - 1>{});
+      if (number == count.value) {
+        f(r, count);
+        r += number;
+      } else {
+        self(self, number, Constant<count.value - 1>{});
+      }
     }
   };
-  rest(rest, Constant<kRows - 1>{});
+  const int64_t left = rows - r;
+  if (left > kRows) some(some, (left + 1) / 2, Constant<kRows>{});
+  some(some, rows - r, Constant<kRows>{});
 }
 
 template <int kRows, int kPanels, class F>
@@ -235,6 +253,14 @@ void for_blocks(int64_t rows, int64_t cols, const F& f) {
   }
 }
 
+// What a tile should fetch: the first over a block of panels the next block, which follows in
+// memory (after the last one, the next stream's); the others what is in the cache already.
+template <class W>
+const char* following(const W* block, int64_t row, int64_t elements) {
+  const auto here = reinterpret_cast<uintptr_t>(block);
+  return reinterpret_cast<const char*>(row == 0 ? here + elements * sizeof(W) : here);
+}
+
 template <class T, class W>
 void multiply(const T* x, int64_t ldx, const void* panels, int64_t depth, int64_t rows,
               int64_t first, int64_t cols, T* out, int64_t ldo) {
@@ -243,7 +269,9 @@ void multiply(const T* x, int64_t ldx, const void* panels, int64_t depth, int64_
   const W* w = static_cast<const W*>(panels) + first / kPanel * panel;
   for_blocks<Blocking<T>::kRows, Blocking<T>::kPanels>(
       rows, cols, [&](int64_t r, int64_t c, int64_t left, auto count, auto wide) {
-        tile<T, W, count.value, wide.value>(x + r * ldx, ldx, w + c / kPanel * panel, panel, depth,
+        const W* from = w + c / kPanel * panel;
+        tile<T, W, count.value, wide.value>(x + r * ldx, ldx, from,
+                                            following(from, r, wide.value * panel), panel, depth,
                                             left, out + r * ldo + c, ldo);
       });
 }
@@ -254,8 +282,10 @@ void multiply_native(const uint16_t* x, int64_t ldx, const void* panels, int64_t
   const int64_t panel = depth * kPanel;
   const uint16_t* w = static_cast<const uint16_t*>(panels) + first / kPanel * panel;
   for_blocks<8, 3>(rows, cols, [&](int64_t r, int64_t c, int64_t left, auto count, auto wide) {
-    native_tile<count.value, wide.value>(x + r * ldx, ldx, w + c / kPanel * panel, panel, depth,
-                                         left, out + r * ldo + c, ldo);
+    const uint16_t* from = w + c / kPanel * panel;
+    native_tile<count.value, wide.value>(x + r * ldx, ldx, from,
+                                         following(from, r, wide.value * panel), panel, depth, left,
+                                         out + r * ldo + c, ldo);
   });
 }
 

@@ -51,22 +51,33 @@ void gather(const CacheView& sharer, HeadShape sharer_shape, const CacheView& ba
   }
 }
 
-template <class T>
-T dot(const T* x, const T* y, int64_t cols) {
-  T partial[kLanes] = {};
+// dots[j] = x . y[j] for kCount rows y[j] at a stride of `cols`; side by side, for the additions of
+// one dot product wait for each other.
+template <int kCount, class T>
+void dots(const T* x, const T* y, int64_t cols, T* out) {
+  T partial[kCount][kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= cols; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) partial[lane] += x[i + lane] * y[i + lane];
+    for (int j = 0; j < kCount; ++j) {
+      const T* row = y + j * cols;
+      for (int lane = 0; lane < kLanes; ++lane) partial[j][lane] += x[i + lane] * row[i + lane];
+    }
   }
-  for (; i < cols; ++i) partial[i % kLanes] += x[i] * y[i];
-  T sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += partial[lane];
-  return sum;
+  for (int j = 0; j < kCount; ++j) {
+    for (int64_t rest = i; rest < cols; ++rest) {
+      partial[j][rest % kLanes] += x[rest] * y[j * cols + rest];
+    }
+    T sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += partial[j][lane];
+    out[j] = sum;
+  }
 }
 
 template <class T>
 T reciprocal_rms(const T* z, int64_t cols) {
-  return T(1) / std::sqrt(dot(z, z, cols) / static_cast<T>(cols) + static_cast<T>(kRmsEps));
+  T squares;
+  dots<1>(z, z, cols, &squares);
+  return T(1) / std::sqrt(squares / static_cast<T>(cols) + static_cast<T>(kRmsEps));
 }
 
 template <class T>
@@ -112,7 +123,10 @@ template <class T>
 void head_logits(const T* x, int64_t ldx, const T* weight, int64_t count, int64_t cols,
                  int64_t heads, T* logits) {
   for (int64_t r = 0; r < count; ++r, x += ldx) {
-    for (int64_t head = 0; head < heads; ++head) *logits++ = dot(x, weight + head * cols, cols);
+    int64_t head = 0;
+    for (; head + 4 <= heads; head += 4, logits += 4)
+      dots<4>(x, weight + head * cols, cols, logits);
+    for (; head < heads; ++head) dots<1>(x, weight + head * cols, cols, logits++);
   }
 }
 

@@ -72,10 +72,14 @@ void for_rows(int64_t streams, int64_t rows, int64_t elements_per_row, const F& 
   });
 }
 
-// Inputs of a product rounded to bfloat16: elements of scratch per row, or 0 where it needs none.
+// Inputs of a product rounded to bfloat16: the row stride. An odd number of cache lines, so that a
+// tile's rows do not all compete for the same few places in the processor's cache.
+inline int64_t rounded_stride(int64_t depth) { return ((depth + 31) / 32 | 1) * 32; }
+
+// Elements of scratch per row of rounded inputs, or 0 where a product needs none.
 template <class T>
 int64_t rounded_elements(const PanelGemm<T>& gemm, int64_t depth) {
-  return gemm.round_rows == nullptr ? 0 : (depth + 2) / 2;
+  return gemm.round_rows == nullptr ? 0 : rounded_stride(depth) / 2;
 }
 
 // out[g] = x[g] @ weight[g]^T for `streams` x `rows`. The weights stand for [streams, cols, depth];
@@ -85,11 +89,11 @@ void multiply(const PanelGemm<T>& gemm, CacheType type, int64_t streams, int64_t
               const Matrices<T>& out, int64_t cols, const Matrices<T>& x, int64_t depth,
               const void* weights, T* scratch) {
   const bool native = gemm.multiply_native != nullptr;
-  const int64_t even = (depth + 1) / 2 * 2;
+  const int64_t even = (depth + 1) / 2 * 2, ld = rounded_stride(depth);
   auto* rounded = reinterpret_cast<uint16_t*>(scratch);
   if (native) {
     for_rows(streams, rows, depth, [&](int64_t g, int64_t r, int64_t n) {
-      gemm.round_rows(x.row(g, r), x.row_stride, n, depth, rounded + (g * rows + r) * even, even);
+      gemm.round_rows(x.row(g, r), x.row_stride, n, depth, rounded + (g * rows + r) * ld, ld);
     });
   }
   const int64_t stream_bytes =
@@ -110,7 +114,7 @@ void multiply(const PanelGemm<T>& gemm, CacheType type, int64_t streams, int64_t
       T* to = out.row(g, r) + c;
       if constexpr (sizeof(T) == 4) {
         if (native) {
-          gemm.multiply_native(rounded + (g * rows + r) * even, even, w, even, n, c, wide, to,
+          gemm.multiply_native(rounded + (g * rows + r) * ld, ld, w, even, n, c, wide, to,
                                out.row_stride);
           continue;
         }
