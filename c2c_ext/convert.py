@@ -6,16 +6,11 @@ import os
 from pathlib import Path
 
 from .facts import read_model
+from .files import existing_directory
 from .fuser import Fuser
 from .published import PROJECTOR_CONFIG_NAME, load_published
 from .published_writer import save_published
-from .serialization import (
-    CONFIG_NAME,
-    existing_directory,
-    load_fuser,
-    save_fuser,
-    write_directory,
-)
+from .serialization import CONFIG_NAME, load_fuser, save_fuser, write_directory
 
 OURS, PUBLISHED = "c2c_ext", "published"
 FORMATS = (OURS, PUBLISHED)

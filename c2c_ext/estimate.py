@@ -21,7 +21,7 @@ from .config import FuserConfig
 from .fuser import FuserGroup
 from .model_kv import ModelKV
 from .ops import _C
-from .packed import VECTORS, _fold_stream, sum_dtype, to_panels
+from .packed import VECTORS, fold_stream, sum_dtype, to_panels
 from .parameters import group_parameter_shapes
 
 # Of csrc/cpu/fuse_cpu.cpp: more tokens than fit into this are fused in chunks.
@@ -341,7 +341,7 @@ def _folded_shapes(config: FuserConfig) -> list[dict[str, torch.Size]]:
     """The shapes of one stream's folded weights, per shape group: packed on the meta device."""
     with torch.device("meta"), torch.no_grad():
         groups = (FuserGroup(config, layers) for layers in config.shape_groups())
-        return [{name: t.shape for name, t in _fold_stream(g, 0).items()} for g in groups]
+        return [{name: t.shape for name, t in fold_stream(g.stream(0)).items()} for g in groups]
 
 
 def _open_groups(

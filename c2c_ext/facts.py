@@ -17,16 +17,11 @@ import torch
 
 from .config import FuserConfig
 from .estimate import ModelSizes, Streams
+from .files import existing_directory, read_json
 from .messages import shown, shown_name
 from .model_kv import MAX_LAYERS, ModelKV, UnsupportedModelError
 from .published import PROJECTOR_CONFIG_NAME, load_published, read_published_config
-from .serialization import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    existing_directory,
-    load_fuser,
-    read_json,
-)
+from .serialization import CONFIG_NAME, WEIGHTS_NAME, load_fuser
 
 MODEL_CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "tokenizer.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,25 +62,7 @@ class FuserGroup(nn.Module):
                 return None
             return parameter[index].to(dtype) if dtype is not None else parameter[index]
 
-        def block(name: str) -> BlockWeights | None:
-            parts = [at(f"{name}_{part}") for part in ("norm", "w1", "w2")]
-            return None if parts[0] is None else BlockWeights(*parts)
-
-        proj = [at(f"proj_{part}") for part in ("norm", "w1", "w2")]
-        attention = {name: at(name) for name in ATTENTION_NAMES}
-        return StreamWeights(
-            in_weight=at("in_weight"),
-            in_bias=at("in_bias"),
-            shared=block("shared"),
-            proj=[] if proj[0] is None else [BlockWeights(*w) for w in zip(*proj, strict=True)],
-            out_weight=at("out_weight"),
-            out_bias=at("out_bias"),
-            weight=block("weight"),
-            head_weight=at("head_weight"),
-            head_bias=at("head_bias"),
-            gate_logit=at("gate_logit"),
-            attention=None if attention["query_norm"] is None else AttentionWeights(**attention),
-        )
+        return stream_weights(at)
 
     def open_streams(self) -> list[int]:
         """Indices of the streams whose gate is open. Syncs with the host."""
@@ -91,6 +74,30 @@ class FuserGroup(nn.Module):
     def place(self, stream: int) -> tuple[int, str]:
         """(receiver layer, kind) of a stream."""
         return self.layers[stream // len(self.kinds)], self.kinds[stream % len(self.kinds)]
+
+
+def stream_weights(at: Callable[[str], Tensor | None]) -> StreamWeights:
+    """One stream's weights from its parameters by name (`c2c_ext.parameters`); None: none such."""
+
+    def block(name: str) -> BlockWeights | None:
+        parts = [at(f"{name}_{part}") for part in ("norm", "w1", "w2")]
+        return None if parts[0] is None else BlockWeights(*parts)
+
+    proj = [at(f"proj_{part}") for part in ("norm", "w1", "w2")]
+    attention = {name: at(name) for name in ATTENTION_NAMES}
+    return StreamWeights(
+        in_weight=at("in_weight"),
+        in_bias=at("in_bias"),
+        shared=block("shared"),
+        proj=[] if proj[0] is None else [BlockWeights(*w) for w in zip(*proj, strict=True)],
+        out_weight=at("out_weight"),
+        out_bias=at("out_bias"),
+        weight=block("weight"),
+        head_weight=at("head_weight"),
+        head_bias=at("head_bias"),
+        gate_logit=at("gate_logit"),
+        attention=None if attention["query_norm"] is None else AttentionWeights(**attention),
+    )
 
 
 class Fuser(nn.Module):
@@ -121,6 +128,7 @@ class Fuser(nn.Module):
         }
         self._watched: dict[int, tuple[Tensor, RemovableHandle]] = {}  # by id
         self._packs: dict[tuple[torch.dtype, torch.device], tuple[Any, Any, PackedFuser]] = {}
+        self._only: tuple[torch.dtype, torch.device] | None = None
 
     @property
     def config(self) -> FuserConfig:
@@ -142,6 +150,11 @@ class Fuser(nn.Module):
                 "Fuser: config must ask for the parameters' shapes; for others make a new Fuser"
             )
         self._config = config
+
+    @property
+    def inference_only(self) -> bool:
+        """Whether it was loaded with ``inference_dtype``: a packed form without parameters."""
+        return self._only is not None
 
     def stream(self, layer: int, kind: str, dtype: torch.dtype | None = None) -> StreamWeights:
         """Parameter views of one stream.
@@ -180,9 +193,17 @@ class Fuser(nn.Module):
 
         Raises:
             RuntimeError: inside `torch.compile` before the packed form was built.
-            ValueError: a variant that the compiled op does not run.
+            ValueError: a variant that the compiled op does not run; or the fuser was loaded for
+                inference with caches of another dtype or device only.
         """
         key = (dtype, device)
+        if self._only is not None:
+            if key != self._only:
+                raise ValueError(
+                    f"c2c_ext: fuser was loaded for {self._only[0]} caches on {self._only[1]} only "
+                    f"(inference_dtype), got {dtype} on {device}"
+                )
+            return self._packs[key][2]
         if torch.compiler.is_compiling():
             if key not in self._packs:
                 raise RuntimeError(
@@ -203,8 +224,20 @@ class Fuser(nn.Module):
         return held[2]
 
     def repack(self) -> None:
-        """Forgets every packed form; the next use builds anew from the parameters."""
+        """Forgets every packed form; the next use builds anew from the parameters.
+
+        Raises:
+            RuntimeError: the fuser was loaded for inference only and has no parameters.
+        """
+        self._check_has_parameters("repacked")
         self._packs.clear()
+
+    def _check_has_parameters(self, verb: str) -> None:
+        if self._only is not None:
+            raise RuntimeError(
+                f"c2c_ext: fuser cannot be {verb}: it was loaded for inference only "
+                "(inference_dtype) and holds no parameters"
+            )
 
     def _watch_gradients(self) -> None:
         for _, handle in self._watched.values():
@@ -240,10 +273,13 @@ class Fuser(nn.Module):
         )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Fuser:
+        self._check_has_parameters("cast or moved")
         self.repack()
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._only is not None:
+            return dict(self.__dict__)
         return {**self.__dict__, "_packs": {}, "_watched": {}}
 
     def extra_repr(self) -> str:
@@ -287,6 +323,8 @@ class Fuser(nn.Module):
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        inference_dtype: torch.dtype | None = None,
+        inference_device: torch.device | str = "cpu",
     ) -> Fuser:
         """Loads what `save_pretrained` wrote, from a directory or from the Hugging Face Hub.
 
@@ -300,6 +338,11 @@ class Fuser(nn.Module):
             cache_dir: where downloads are kept, if not in the Hub's usual cache.
             local_files_only: take what was downloaded before, without network.
             force_download: download even what was downloaded before.
+            inference_dtype: keep only the packed form for caches of this dtype. Weights are read
+                and folded stream by stream, so that the parameters are never in memory as a whole.
+                Such a fuser fuses the same bits, but cannot be trained, changed, cast, moved or
+                saved. The default keeps the parameters and packs on first use.
+            inference_device: of those caches; only with ``inference_dtype``.
 
         Raises:
             FileNotFoundError: the directory or repository, the revision or one of the two files
@@ -308,12 +351,15 @@ class Fuser(nn.Module):
             ConnectionError: the Hub cannot be reached, and nothing was downloaded before.
             ValueError: a tensor is missing, surplus, misshapen, of another dtype, NaN or
                 infinite, a configuration value is out of range, or a file is larger than it may
-                be; the message names it.
+                be; the message names it. Or ``inference_dtype`` is no dtype of caches, or given for
+                a variant that has no packed form.
         """
         from .hub import load_pretrained
+        from .inference_only import loader
 
         return load_pretrained(
             directory_or_repo_id,
+            loader(inference_dtype, inference_device),
             revision=revision,
             token=token,
             cache_dir=cache_dir,

@@ -14,22 +14,20 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import FuserConfig
+from .files import MAX_JSON_BYTES, read_json
 from .model_card import CARD_NAME, MAX_CARD_BYTES, CardInfo, is_hub_id, is_own_card
 from .serialization import (
     CONFIG_NAME,
-    MAX_JSON_BYTES,
     WEIGHTS_NAME,
     check_card,
     check_parameters,
-    load_fuser,
-    read_json,
     save_fuser,
 )
 
@@ -44,6 +42,7 @@ CLIENT_MODULES = ("requests", "urllib3", "httpx", "httpcore", "httpx2", "httpcor
 
 def load_pretrained(
     directory_or_repo_id: str | os.PathLike,
+    load: Callable[[Path], Fuser],
     *,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -51,7 +50,11 @@ def load_pretrained(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Fuser:
-    """Loads a fuser from a directory or a Hub repository; see `Fuser.from_pretrained`."""
+    """Loads a fuser from a directory or a Hub repository; see `Fuser.from_pretrained`.
+
+    Args:
+        load: reads a directory.
+    """
     source = directory_or_repo_id
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(
@@ -63,7 +66,7 @@ def load_pretrained(
                 f"c2c_ext: revision goes with a repository of the Hub, but {source} is a local "
                 "directory"
             )
-        return load_fuser(source)
+        return load(Path(source))
     if not (isinstance(source, str) and is_hub_id(source)):
         raise FileNotFoundError(
             f"c2c_ext: directory_or_repo_id: no fuser directory at {os.fspath(source)!s}, and that "
@@ -71,7 +74,8 @@ def load_pretrained(
         )
     if local_files_only and force_download:
         raise ValueError("c2c_ext: local_files_only and force_download exclude each other")
-    return _Repository(source, token, cache_dir, local_files_only, force_download).load(revision)
+    repository = _Repository(source, token, cache_dir, local_files_only, force_download)
+    return repository.load(revision, load)
 
 
 def push_to_hub(
@@ -127,14 +131,14 @@ class _Repository:
     local_files_only: bool = False
     force_download: bool = False
 
-    def load(self, revision: str | None) -> Fuser:
+    def load(self, revision: str | None, load: Callable[[Path], Fuser]) -> Fuser:
         """Downloads the two files of one commit, the small one first, and reads them strictly."""
         config_file = self.fetch(CONFIG_NAME, revision, MAX_JSON_BYTES)
         snapshot = config_file.parent
         try:
             config = FuserConfig.from_dict(read_json(config_file))
             self.fetch(WEIGHTS_NAME, snapshot.name, _max_weight_bytes(config))
-            return load_fuser(snapshot)
+            return load(snapshot)
         except ValueError as error:
             for name in (CONFIG_NAME, WEIGHTS_NAME):
                 _drop_if_damaged(snapshot / name)

@@ -16,8 +16,8 @@ from . import __version__, build_info
 from . import report as reports
 from .estimate import Workload
 from .facts import read_fuser, read_model
+from .files import write_atomically
 from .probe import SECONDS, probe
-from .serialization import write_atomically
 
 MAX_BATCH = 1 << 16
 MAX_TOKENS = 1 << 24

@@ -97,11 +97,16 @@ def peak_memory(run: Callable[[], object]) -> tuple[int, int] | None:
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the mark so far
-        before = _status("VmRSS")
+        before = resident_memory()
     except OSError:
         return None
     run()
     return before, _status("VmHWM")
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now; Linux."""
+    return _status("VmRSS")
 
 
 def _status(field: str) -> int:

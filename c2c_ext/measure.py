@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .estimate import Ceilings, Work
-from .serialization import write_atomically
+from .files import write_atomically
 
 FORMAT_VERSION = 1
 # Plain PyTorch is the yardstick of the others; its own RMS error may be this many roundings.

@@ -7,6 +7,8 @@ projection's only where that adds no work). Folded in float64 and rounded once.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,9 @@ from .config import KINDS
 from .model_kv import KVShape
 
 if TYPE_CHECKING:
+    from .config import FuserConfig
     from .fuser import Fuser, FuserGroup
+    from .reference import StreamWeights
 
 
 @dataclass
@@ -99,19 +103,42 @@ def pack_fuser(fuser: Fuser, dtype: torch.dtype, device: torch.device) -> Packed
         ValueError: the fuser has no numbers yet (a parameter is on the meta device), or is a
             variant that the compiled op does not run.
     """
-    reason = fuser.config.uncompiled_reason()
-    if reason is not None:
-        raise ValueError(f"c2c_ext: this fuser has no packed form: {reason}")
+    check_packable(fuser.config)
     for name, parameter in fuser.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"c2c_ext: fuser must hold numbers, its {name} is on the meta device")
+    return pack_streams(
+        fuser, lambda g, i: fuser.groups[g].stream(i, dtype=torch.float64), dtype, device
+    )
+
+
+def check_packable(config: FuserConfig) -> None:
+    """Raises ValueError for a variant that the compiled op does not run."""
+    reason = config.uncompiled_reason()
+    if reason is not None:
+        raise ValueError(f"c2c_ext: this fuser has no packed form: {reason}")
+
+
+def pack_streams(
+    fuser: Fuser,
+    read: Callable[[int, int], StreamWeights],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PackedFuser:
+    """`pack_fuser` of weights from elsewhere; of ``fuser`` only the gates are looked at.
+
+    Args:
+        read: of (shape group, stream), the stream's weights in float64; called once for every
+            open stream, one after the other.
+    """
     # Outside inference mode, so that a pack built under it can be used anywhere.
     with torch.inference_mode(False), torch.no_grad():
         groups = []
-        for group in fuser.groups:
+        for number, group in enumerate(fuser.groups):
             streams = _open_streams(group)
             if streams:
-                groups.append(_pack_group(fuser, group, streams, dtype, device))
+                weights = functools.partial(read, number)
+                groups.append(_pack_group(fuser.config, group, streams, weights, dtype, device))
     return PackedFuser(groups, fuser.config.activation, fuser.config.integration)
 
 
@@ -121,13 +148,17 @@ def _open_streams(group: FuserGroup) -> list[int]:
 
 
 def _pack_group(
-    fuser: Fuser, group: FuserGroup, streams: list[int], dtype: torch.dtype, device: torch.device
+    config: FuserConfig,
+    group: FuserGroup,
+    streams: list[int],
+    read: Callable[[int], StreamWeights],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> PackedGroup:
-    config = fuser.config
     layers, kinds = zip(*(group.place(g) for g in streams), strict=True)
     stacked: dict[str, Tensor] = {}
     for i, g in enumerate(streams):  # one at a time: only one stream's float64 copies are alive
-        for name, tensor in _fold_stream(group, g).items():
+        for name, tensor in fold_stream(read(g)).items():
             if name in VECTORS:
                 tensor = tensor.to(sum_dtype(dtype))
             else:
@@ -154,8 +185,8 @@ def _pack_group(
     )
 
 
-def _fold_stream(group: FuserGroup, index: int) -> dict[str, Tensor]:
-    w = group.stream(index, dtype=torch.float64)
+def fold_stream(w: StreamWeights) -> dict[str, Tensor]:
+    """The folded weights of one stream by their names in `PackedGroup`."""
     first, last = w.proj[0], w.proj[-1]
     deep_w2 = [block.w2 for block in w.proj]
     if w.out_weight.shape[0] <= w.out_weight.shape[1]:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from .config import KINDS, FuserConfig
+from .files import existing_directory, read_json
 from .messages import shown, shown_name
 from .model_kv import MAX_LAYERS, MAX_WIDTH, KVShape, ModelKV
-from .serialization import assemble, existing_directory, read_json
+from .serialization import assemble
 from .state_dict import read_state_dict
 
 if TYPE_CHECKING:

@@ -11,13 +11,12 @@ import os
 import re
 import secrets
 import shutil
-import stat
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +24,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import VARIANT_FIELDS, FuserConfig
+from .files import (
+    MAX_JSON_BYTES,
+    existing_directory,
+    listed,
+    open_regular,
+    parse_json,
+    read_json,
+    write_atomically,
+)
 from .messages import shown, shown_name
 from .model_card import CARD_NAME, CardInfo, card_text, is_own_card
 from .parameters import parameter_shapes
@@ -35,7 +43,6 @@ if TYPE_CHECKING:
 CONFIG_NAME = "fuser_config.json"
 WEIGHTS_NAME = "fuser.safetensors"
 FINGERPRINT_KEY = "c2c_ext.fuser"
-MAX_JSON_BYTES = 4 << 20
 # What a directory may hold for `write_directory` to replace it, a model card of ours aside.
 FUSER_FILE = re.compile(
     rf"{re.escape(CONFIG_NAME)}|{re.escape(WEIGHTS_NAME)}|projector_(config\.json|\d+\.(pt|json))"
@@ -96,6 +103,12 @@ def check_card(card: CardInfo | None) -> None:
 
 def host_tensors(fuser: Fuser) -> dict[str, Tensor]:
     """A checked copy of the fuser's parameters in the host's memory, each with its own storage."""
+    for name, t in fuser.state_dict().items():
+        if t.is_meta:
+            raise ValueError(
+                f"c2c_ext: the fuser holds no numbers to save: its {name} is on the meta device"
+                + (" (it was loaded for inference only)" if fuser.inference_only else "")
+            )
     # Cloned: safetensors refuses tensors that share memory, as tied parameters do.
     tensors = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -132,26 +145,43 @@ def check_parameters(config: FuserConfig, tensors: dict[str, Tensor]) -> None:
     check_finite(tensors.items(), "the fuser")
 
 
+def load_config(directory: Path) -> FuserConfig:
+    """The configuration of a fuser directory."""
+    data = read_json(directory / CONFIG_NAME)
+    try:
+        return FuserConfig.from_dict(data)
+    except ValueError as error:
+        raise ValueError(f"c2c_ext: {directory / CONFIG_NAME}: {error}") from error
+
+
 def load_fuser(directory: str | os.PathLike) -> Fuser:
     """Reads a fuser directory; see `Fuser.from_pretrained`."""
     from .fuser import Fuser
 
     path = existing_directory(directory)
-    data = read_json(path / CONFIG_NAME)
-    try:
-        config = FuserConfig.from_dict(data)
-    except ValueError as error:
-        raise ValueError(f"c2c_ext: {path / CONFIG_NAME}: {error}") from error
-    tensors = _read_weights(path / WEIGHTS_NAME, config)
-    check_finite(tensors.items(), str(path / WEIGHTS_NAME))
+    config = load_config(path)
+    weights = path / WEIGHTS_NAME
+    with open_weights(weights, config) as opened:
+        # Cloned: the library's tensors are views of the mapped file. Overwriting the file would
+        # change the fuser's numbers after they were checked, and truncating it would kill the
+        # process.
+        tensors = {name: t.clone() for name, t in opened()}
+    check_finite(tensors.items(), str(weights))
     return assemble(Fuser, config, tensors)
 
 
-def _read_weights(path: Path, config: FuserConfig) -> dict[str, Tensor]:
-    """The parameters of ``config`` from a safetensors file, everything but NaN checked.
+Reader = Callable[..., Iterator[tuple[str, Tensor]]]
+
+
+@contextmanager
+def open_weights(path: Path, config: FuserConfig) -> Iterator[Reader]:
+    """Checks everything but the numbers of a safetensors file; gives a function that reads it.
 
     Nothing of a size that the file claims is allocated before it is known to be what ``config``
-    asks for and no more than the file holds.
+    asks for and no more than the file holds. What is given is called without argument, or with
+    (shape group, stream): (name, views of the mapped file) of all parameters whole, or of one
+    stream under their names within its group. The file is mapped anew for every call, until its
+    iterator ends.
     """
     expected = dict(parameter_shapes(config))
     most = 8 + MAX_JSON_BYTES + 8 * config.num_parameters()  # float64 is the widest
@@ -164,21 +194,37 @@ def _read_weights(path: Path, config: FuserConfig) -> dict[str, Tensor]:
                 f"{MAX_JSON_BYTES} bytes, claims {header_size}"
             )
         text = weights.read(header_size)
+        # By descriptor, so that it is the file whose size was checked.
+        own = f"/proc/self/fd/{weights.fileno()}"
+
+        def read(group: int | None = None, stream: int = 0) -> Iterator[tuple[str, Tensor]]:
+            with safe_open(own, framework="pt") as file:
+                for name, shape in expected.items():
+                    _, number, short = name.split(".")
+                    if group is None:
+                        tensor = file.get_tensor(name)
+                        check_shape(name, tensor.shape, shape, str(path))
+                        yield name, tensor
+                    elif int(number) == group:
+                        tensor = file.get_slice(name)[stream : stream + 1]
+                        check_shape(name, tensor.shape, (1, *shape[1:]), str(path))
+                        yield short, tensor[0]
+
         try:
             # The library's own look at the file comes first: it says best what a damaged one lacks.
-            # By descriptor, so that it is the file whose size was checked.
-            with safe_open(f"/proc/self/fd/{weights.fileno()}", framework="pt") as file:
+            with safe_open(own, framework="pt") as file:
                 parse_json(text, f"the header of {path}")  # the library takes duplicate keys
-                return _checked_tensors(file, config, expected, path)
+                _check_header(file, config, expected, path)
+            yield read
         except (SafetensorError, UnicodeError) as error:
             raise ValueError(
                 f"c2c_ext: {path} is not a whole safetensors file: {shown_name(str(error), 300)}"
             ) from error
 
 
-def _checked_tensors(
+def _check_header(
     file: Any, config: FuserConfig, expected: dict[str, tuple[int, ...]], path: Path
-) -> dict[str, Tensor]:
+) -> None:
     names = set(file.keys())
     check_names(names, expected.keys(), str(path))
     dtypes = set()
@@ -199,9 +245,6 @@ def _checked_tensors(
             f"c2c_ext: {path} and {CONFIG_NAME} beside it come from different saves "
             f"({shown_name(stamp)} and {_fingerprint(config)})"
         )
-    # Cloned: the library's tensors are views of the mapped file. Overwriting the file would change
-    # the fuser's numbers after they were checked, and truncating it would kill the process.
-    return {name: file.get_tensor(name).clone() for name in names}
 
 
 def assemble(fuser_class: type[Fuser], config: FuserConfig, tensors: dict[str, Tensor]) -> Fuser:
@@ -212,96 +255,12 @@ def assemble(fuser_class: type[Fuser], config: FuserConfig, tensors: dict[str, T
     return fuser.eval()
 
 
-def existing_directory(directory: str | os.PathLike) -> Path:
-    """The directory as a Path, or a clear error."""
-    if not isinstance(directory, str | os.PathLike) or not isinstance(os.fspath(directory), str):
-        raise TypeError(
-            f"c2c_ext: a directory must be a str or os.PathLike, got {type(directory).__name__}"
-        )
-    path = Path(directory)
-    if not path.is_dir():
-        raise FileNotFoundError(f"c2c_ext: no fuser directory at {path}")
-    return path
-
-
-def existing_file(path: Path) -> Path:
-    """The path of a regular file, or a clear error."""
-    if not path.is_file():
-        raise FileNotFoundError(f"c2c_ext: {path} is missing or not a regular file")
-    return path
-
-
-@contextmanager
-def open_regular(path: Path, limit: int) -> Iterator[BinaryIO]:
-    """A regular file of at most ``limit`` bytes, for reading; symbolic links are followed."""
-    # Asked twice: opening a device can do something, and the name can change hands in between.
-    existing_file(path)
-    # Non-blocking, for a FIFO would wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise FileNotFoundError(f"c2c_ext: {path} is missing or not a regular file")
-        if status.st_size > limit:
-            raise ValueError(f"c2c_ext: {path} must be at most {limit} bytes, got {status.st_size}")
-        yield file
-
-
-def read_json(path: Path) -> Any:
-    """Parses a small JSON file strictly; see `parse_json`."""
-    with open_regular(path, MAX_JSON_BYTES) as file:
-        text = file.read(MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:  # it has grown since
-        raise ValueError(f"c2c_ext: {path} must be at most {MAX_JSON_BYTES} bytes")
-    return parse_json(text, str(path))
-
-
-def parse_json(text: bytes, where: str) -> Any:
-    """Parses JSON strictly: UTF-8 without a mark, no duplicate keys, no NaN or infinity."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        data = dict(pairs)
-        if len(data) != len(pairs):
-            once, twice = set(), {}
-            for key, _ in pairs:
-                if key in once:
-                    twice[key] = None
-                once.add(key)
-            raise ValueError(f"duplicate keys: {_listed(twice)}")
-        return data
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    def finite(number: str) -> float:
-        if abs(float(number)) == float("inf"):
-            raise ValueError(f"{shown_name(number)} is too large for a number")
-        return float(number)
-
-    try:
-        return json.loads(
-            text.decode("utf-8"),
-            object_pairs_hook=unique,
-            parse_constant=refuse,
-            parse_float=finite,
-        )
-    except RecursionError as error:
-        raise ValueError(f"c2c_ext: {where} is nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"c2c_ext: {where} is not valid JSON: {error}") from error
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(map(shown_name, names[:4])) + (", ..." if len(names) > 4 else "")
-
-
 def check_names(found: Iterable[str], expected: Iterable[str], where: str) -> None:
     """Raises ValueError naming missing and surplus tensors."""
     found, expected = set(found), set(expected)
     for problem, names in (("missing", expected - found), ("surplus", found - expected)):
         if names:
-            raise ValueError(f"c2c_ext: {where}: {len(names)} {problem} tensors: {_listed(names)}")
+            raise ValueError(f"c2c_ext: {where}: {len(names)} {problem} tensors: {listed(names)}")
 
 
 def check_shape(name: str, shape: Iterable[int], expected: Iterable[int], where: str) -> None:
@@ -317,33 +276,6 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
     for name, tensor in tensors:
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"c2c_ext: {where}: {name} holds NaN or infinite values")
-
-
-def write_atomically(files: Mapping[Path, Callable[[str], Any]]) -> None:
-    """Writes files beside their places, then moves all of them there.
-
-    Each value is called with the name of a temporary file to write. Contents reach the disk before
-    names do. If any write fails, every file is as it was; only a crash between two moves can leave
-    some new and some old, each of them whole. A symbolic link is replaced, not written through.
-    """
-    for path in files:
-        if path.is_dir() and not path.is_symlink():  # the one move that is sure to fail
-            raise IsADirectoryError(f"c2c_ext: {path} is a directory, not a file to replace")
-    temporaries: dict[Path, Path] = {}
-    try:
-        for path, write in files.items():
-            temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-            # Exclusive, and with the permissions that any new file gets.
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            temporaries[path] = temporary
-            write(str(temporary))
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
 
 
 def write_directory(directory: Path, write: Callable[[Path], Any], *, overwrite: bool) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .files import open_regular
 from .messages import shown
-from .serialization import WEIGHT_DTYPES, check_finite, check_names, check_shape, open_regular
+from .serialization import WEIGHT_DTYPES, check_finite, check_names, check_shape
 
 # What an archive may hold beside its numbers: the pickle, names, alignment.
 MAX_PICKLE_BYTES = 1 << 20

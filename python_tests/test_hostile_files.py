@@ -20,7 +20,7 @@ from conftest import make_config, make_fuser
 from hostile import E2E, FILES, LOADERS, good_directories, load, refused, shapes
 from safetensors.torch import load_file, save_file
 
-from c2c_ext import Fuser, published, serialization
+from c2c_ext import Fuser, files, published
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def in_bias(**fields: object) -> Callable[[str], str]:
         (lambda h: h[:-1] + ',"../../x":' + json.dumps({"dtype": "F32", "shape": [0],
          "data_offsets": [0, 0]}) + "}", "1 surplus tensors: ../../x"),
         (lambda h: h[1:], "not a whole safetensors file"),
-        (lambda h: h + " " * (serialization.MAX_JSON_BYTES + 1), "at most"),
+        (lambda h: h + " " * (files.MAX_JSON_BYTES + 1), "at most"),
     ],
 )  # fmt: skip
 def test_hostile_headers_are_refused(directories, change, message):
@@ -170,7 +170,7 @@ def test_header_with_duplicate_keys_is_refused(directories):
 def test_header_of_absurd_length_is_refused(directories):
     path = directories["ours"] / "fuser.safetensors"
     body = path.read_bytes()[8:]
-    for length in (1 << 63, (1 << 64) - 1, 1 << 32, serialization.MAX_JSON_BYTES + 1):
+    for length in (1 << 63, (1 << 64) - 1, 1 << 32, files.MAX_JSON_BYTES + 1):
         path.write_bytes(struct.pack("<Q", length) + body)
         assert "header must be at most" in refused(directories["ours"], "ours")
 

@@ -15,7 +15,7 @@ import torch
 from conftest import make_fuser
 from hostile import FILES, LOADERS, good_directories, load, refused
 
-from c2c_ext import Fuser, serialization
+from c2c_ext import Fuser, files, serialization
 
 
 @pytest.fixture
@@ -61,16 +61,16 @@ def test_what_is_no_regular_file_is_refused_without_waiting(directories, tmp_pat
 
 def test_a_file_that_becomes_a_fifo_is_refused_without_waiting(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo")
-    monkeypatch.setattr(serialization, "existing_file", lambda path: path)
+    monkeypatch.setattr(files, "existing_file", lambda path: path)
     with pytest.raises(FileNotFoundError, match="not a regular file"):
-        serialization.read_json(tmp_path / "fifo")
+        files.read_json(tmp_path / "fifo")
 
 
 def test_a_file_that_grows_is_read_to_its_limit(monkeypatch):
     """/proc says that its files are empty."""
-    monkeypatch.setattr(serialization, "MAX_JSON_BYTES", 10)
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 10)
     with pytest.raises(ValueError, match="must be at most 10 bytes"):
-        serialization.read_json(Path("/proc/self/status"))
+        files.read_json(Path("/proc/self/status"))
 
 
 @pytest.mark.parametrize(("kind", "name"), FILES)

@@ -9,9 +9,10 @@ import torch
 from fake_hub import TOKEN, FakeHub, Handler, HubClient, Repository
 
 from c2c_ext import CardInfo, Fuser, FuserConfig
+from c2c_ext.files import MAX_JSON_BYTES
 from c2c_ext.model_card import CARD_MARKER, CARD_NAME
 from c2c_ext.model_kv import KVShape, ModelKV
-from c2c_ext.serialization import CONFIG_NAME, MAX_JSON_BYTES, WEIGHTS_NAME
+from c2c_ext.serialization import CONFIG_NAME, WEIGHTS_NAME
 
 NAME = "org/fuser"
 

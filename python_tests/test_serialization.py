@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from c2c_ext import Fuser, FuserConfig, serialization
+from c2c_ext import Fuser, FuserConfig, files, serialization
 from c2c_ext.model_kv import KVShape, ModelKV
 
 
@@ -199,7 +199,7 @@ def test_truncated_weights_are_refused_at_every_tensor(saved: Path) -> None:
         ('{"format_version": NaN}', "NaN is not JSON"),
         ('{"format_version": 2}', "format_version must be 1, got 2"),
         ('{"format_version": 1}', r"FuserConfig\.receiver is missing"),
-        (" " * (serialization.MAX_JSON_BYTES + 1), "must be at most"),
+        (" " * (files.MAX_JSON_BYTES + 1), "must be at most"),
     ],
 )
 def test_bad_config_is_refused(saved: Path, text: str, message: str) -> None:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from c2c_ext.demo import evaluate as ev
 from c2c_ext.demo import world as w
+from c2c_ext.files import write_atomically
 from c2c_ext.generation import attached
 from c2c_ext.info import describe
 from c2c_ext.machine import commit_of
-from c2c_ext.serialization import write_atomically
 
 SEED = 0
 ASSETS = Path(__file__).parent / "assets" / f"seed{SEED}"

@@ -19,6 +19,7 @@ using cpu::for_rows;
 using cpu::HeadShape;
 using cpu::Matrices;
 using cpu::PanelGemm;
+using cpu::RoundedRows;
 using cpu::Row;
 using cpu::RowKernels;
 using cpu::view_of;
@@ -68,6 +69,7 @@ class Chunk {
         k_(cpu::row_kernels<T>(type)),
         type_(type),
         gemm_(cpu::panel_gemm<T>(type)),
+        native_(gemm_.multiply_native != nullptr),
         activation_(activation),
         integration_(integration),
         accumulate_(accumulate) {}
@@ -90,21 +92,29 @@ class Chunk {
     const HeadShape read_shape{s_.reads_receiver ? receiver_shape.heads : 0, receiver_shape.dim};
     const int64_t in = input_width(), width = s_.receiver.width();
 
+    // Where products read bfloat16, the stage that makes an input leaves it rounded in a row
+    // [activated | z], with the gathered one or the activated one at its beginning; z0, z1, p last.
     const Matrices<T> c = packed(a_, in);
     for_rows(streams, count, in, [&](int64_t g, int64_t r, int64_t n) {
-      k_.gather(views[g].sharer, sharer_shape, views[g].base, read_shape, rows + r, n, c.row(g, r));
+      if (native_) {
+        k_.gather_rounded(views[g].sharer, sharer_shape, views[g].base, read_shape, rows + r, n,
+                          rounded_rows(0, g, r));
+      } else {
+        k_.gather(views[g].sharer, sharer_shape, views[g].base, read_shape, rows + r, n,
+                  c.row(g, r));
+      }
     });
     const Matrices<T> z0 = packed(z_, h);
-    multiply(z0, h, c, in, w_.in_weight);
+    multiply(z0, h, c, in, w_.in_weight, 0);
     for_rows(streams, count, h, [&](int64_t g, int64_t r, int64_t n) {
-      k_.bias_stats(z0.row(g, r), vector(w_.in_bias, g), n, h, rstd(g, r));
+      k_.bias_stats(z0.row(g, r), vector(w_.in_bias, g), n, h, rstd(g, r), rounded_rows(m, g, r));
     });
 
     const Matrices<T> a = packed(a_, m);
-    multiply(a, m, z0, h, w_.w1);
-    scale_activate(a, a, m);
+    multiply(a, m, z0, h, w_.w1, m);
+    activate_input(a, a, m);
     const Matrices<T> delta = packed(d_, h);
-    multiply(delta, h, a, m, w_.w2);
+    multiply(delta, h, a, m, w_.w2, 0);
     // y = [activated projection | z1 | activated weighting]: out_weight reads the first two,
     // head_weight the last two.
     const Matrices<T> y = packed(y_, m + h + s_.weighting);
@@ -112,22 +122,22 @@ class Chunk {
     residual(z0, delta, z1, true);
 
     const Matrices<T> branches = packed(a_, m + s_.weighting);
-    multiply(branches, m + s_.weighting, z1, h, w_.branch_w1);
+    multiply(branches, m + s_.weighting, z1, h, w_.branch_w1, m);
     if (s_.weighting > 0) scale_activate(column(branches, m), weighting, s_.weighting);
     const bool deep = !w_.deep_w2.empty();
     // q = [activated projection | input of its block]; y itself at depth 3 with a folded output.
     const Matrices<T> q = deep ? packed(q_, m + h) : y;
-    scale_activate(branches, q, m);
+    activate_input(branches, q, m);
     Matrices<T> p = z1;
     for (size_t i = 0; i < w_.deep_w2.size(); ++i) {
-      multiply(delta, h, q, m, w_.deep_w2[i]);
+      multiply(delta, h, q, m, w_.deep_w2[i], 0);
       const bool another_block = i < w_.deep_w1.size();
       residual(p, delta, column(q, m), another_block);
       p = column(q, m);
       if (another_block) {
         const Matrices<T> inner = packed(a_, m);
-        multiply(inner, m, p, h, w_.deep_w1[i]);
-        scale_activate(inner, q, m);
+        multiply(inner, m, p, h, w_.deep_w1[i], m);
+        activate_input(inner, q, m);
       }
     }
 
@@ -139,7 +149,8 @@ class Chunk {
       });
     }
     const Matrices<T> projected = packed(d_, width);
-    multiply(projected, width, s_.folded ? q : p, s_.folded ? m + h : h, w_.out_weight);
+    multiply(projected, width, s_.folded ? q : p, s_.folded ? m + h : h, w_.out_weight,
+             s_.folded ? 0 : m);
     for_rows(streams, count, width, [&](int64_t g, int64_t r, int64_t n) {
       k_.combine(views[g].base, views[g].out, receiver_shape, rows + r, n, projected.row(g, r),
                  vector(w_.out_bias, g), s_.weighting > 0 ? head.row(g, r) : nullptr,
@@ -163,8 +174,9 @@ class Chunk {
             q,
             s_.weighting > 0 ? s_.receiver.heads : 0,
             1,
-            cpu::rounded_elements(gemm_, std::max(input_width(), m + h))};
+            cpu::rounded_elements(gemm_, rounded_columns())};
   }
+  int64_t rounded_columns() const { return std::max(input_width(), s_.inner + s_.hidden); }
   std::array<T**, 8> buffers() { return {&a_, &z_, &d_, &y_, &q_, &s_heads_, &rstd_, &rounded_}; }
 
   Matrices<T> packed(T* data, int64_t cols) const { return {data, count_ * cols, cols}; }
@@ -178,12 +190,31 @@ class Chunk {
   const T* matrix(const Tensor& t, int64_t g) const {
     return static_cast<const T*>(t.const_data_ptr()) + (first_ + g) * t.size(1) * t.size(2);
   }
-  // out[g] = x[g] @ weight[g]^T; weight stands for [G, cols, depth].
+  // Rows of bfloat16 inputs from `column` on; nowhere if products read none.
+  Matrices<uint16_t> rounded(int64_t column) const {
+    const int64_t stride = cpu::rounded_stride(rounded_columns());
+    return {reinterpret_cast<uint16_t*>(rounded_) + column, count_ * stride, stride};
+  }
+  RoundedRows rounded_rows(int64_t column, int64_t g, int64_t r) const {
+    if (!native_) return {};
+    const Matrices<uint16_t> all = rounded(column);
+    return {all.row(g, r), all.row_stride};
+  }
+  // out[g] = x[g] @ weight[g]^T; weight stands for [G, cols, depth]. Where products read bfloat16,
+  // x was left rounded at `column`.
   void multiply(const Matrices<T>& out, int64_t cols, const Matrices<T>& x, int64_t depth,
-                const Tensor& weight) const {
+                const Tensor& weight, int64_t column) const {
     const int64_t stream = weight.numel() / weight.size(0) * cpu::weight_size(type_);
     const auto* weights = static_cast<const char*>(weight.const_data_ptr()) + first_ * stream;
-    cpu::multiply(gemm_, type_, streams_, count_, out, cols, x, depth, weights, rounded_);
+    cpu::multiply(gemm_, type_, streams_, count_, out, cols, x, depth, weights, rounded(column));
+  }
+  // scale_activate where nothing but the next product reads the result.
+  void activate_input(const Matrices<T>& from, const Matrices<T>& to, int64_t cols) const {
+    if (!native_) return scale_activate(from, to, cols);
+    for_rows(streams_, count_, cols, [&](int64_t g, int64_t r, int64_t n) {
+      k_.scale_activate_rounded(from.row(g, r), from.row_stride, rstd(g, r), n, cols, activation_,
+                                rounded_rows(0, g, r));
+    });
   }
   void scale_activate(const Matrices<T>& from, const Matrices<T>& to, int64_t cols) const {
     for_rows(streams_, count_, cols, [&](int64_t g, int64_t r, int64_t n) {
@@ -196,7 +227,7 @@ class Chunk {
                 bool stats) const {
     for_rows(streams_, count_, s_.hidden, [&](int64_t g, int64_t r, int64_t n) {
       k_.residual_stats(z.row(g, r), z.row_stride, delta.row(g, r), n, s_.hidden, to.row(g, r),
-                        to.row_stride, stats ? rstd(g, r) : nullptr);
+                        to.row_stride, stats ? rstd(g, r) : nullptr, rounded_rows(s_.inner, g, r));
     });
   }
 
@@ -205,6 +236,7 @@ class Chunk {
   const RowKernels<T>& k_;
   const CacheType type_;
   const PanelGemm<T>& gemm_;
+  const bool native_;  // products read inputs rounded to bfloat16
   Activation activation_;
   Integration integration_;
   bool accumulate_;

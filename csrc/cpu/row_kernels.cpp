@@ -2,6 +2,9 @@
 // instruction set with C2C_ISA naming it; nothing here may have external linkage but the table.
 #include "row_kernels.h"
 
+#include <cstring>
+#include <type_traits>
+
 #include "../scalar_math.h"
 
 #ifndef C2C_ISA
@@ -16,6 +19,12 @@ namespace c2c::cpu {
 namespace {
 
 constexpr int kLanes = 16;  // partial sums, so that a reduction vectorises in a fixed order
+// Rows and heads whose partial sums fit the registers together.
+#if defined(__AVX512F__)
+constexpr int kTile = 4;
+#else
+constexpr int kTile = 2;
+#endif
 
 template <class C>
 const C* token(const CacheView& view, int64_t batch, int64_t head, int64_t n) {
@@ -26,6 +35,29 @@ template <class C>
 C* mutable_token(const CacheView& view, int64_t batch, int64_t head, int64_t n) {
   return static_cast<C*>(view.data) + batch * view.stride[0] + head * view.stride[1] +
          n * view.stride[2];
+}
+
+void copy_token(const CacheView& view, HeadShape shape, int64_t batch, int64_t n, uint16_t* to) {
+  for (int64_t head = 0; head < shape.heads; ++head, to += shape.dim) {
+    const Bfloat16* from = token<Bfloat16>(view, batch, head, n);
+    if (view.stride[3] == 1) {
+      for (int64_t d = 0; d < shape.dim; ++d) to[d] = from[d].bits;
+    } else {
+      for (int64_t d = 0; d < shape.dim; ++d) to[d] = from[d * view.stride[3]].bits;
+    }
+  }
+}
+
+void gather_rounded(const CacheView& sharer, HeadShape sharer_shape, const CacheView& base,
+                    HeadShape base_shape, const Row* rows, int64_t count, RoundedRows c) {
+  const int64_t sharer_width = sharer_shape.heads * sharer_shape.dim;
+  const int64_t width = sharer_width + base_shape.heads * base_shape.dim;
+  for (int64_t r = 0; r < count; ++r) {
+    uint16_t* to = c.data + r * c.stride;
+    copy_token(sharer, sharer_shape, rows[r].batch, rows[r].source, to);
+    copy_token(base, base_shape, rows[r].batch, rows[r].token, to + sharer_width);
+    if (width % 2 != 0) to[width] = 0;
+  }
 }
 
 template <class C, class T>
@@ -51,40 +83,62 @@ void gather(const CacheView& sharer, HeadShape sharer_shape, const CacheView& ba
   }
 }
 
-// dots[j] = x . y[j] for kCount rows y[j] at a stride of `cols`; side by side, for the additions of
-// one dot product wait for each other.
-template <int kCount, class T>
-void dots(const T* x, const T* y, int64_t cols, T* out) {
-  T partial[kCount][kLanes] = {};
+void round_row(const float* x, int64_t cols, uint16_t* out) {
+  for (int64_t i = 0; i < cols; ++i) {
+    Bfloat16 rounded;
+    narrow(x[i], &rounded);
+    out[i] = rounded.bits;
+  }
+  if (cols % 2 != 0) out[cols] = 0;
+}
+void round_row(const double*, int64_t, uint16_t*) {}  // never asked for
+
+template <class T>
+struct Lanes {
+  typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
+};
+
+// out[r][j] = x[r] . y[j]. Several side by side: the additions of one dot product wait for each
+// other, and what is loaded serves all of them.
+template <int kRows, int kCount, class T>
+void dots(const T* x, int64_t ldx, const T* y, int64_t cols, T* out, int64_t ldo) {
+  using Vector = typename Lanes<T>::type;
+  Vector partial[kRows][kCount] = {};
   int64_t i = 0;
   for (; i + kLanes <= cols; i += kLanes) {
-    for (int j = 0; j < kCount; ++j) {
-      const T* row = y + j * cols;
-      for (int lane = 0; lane < kLanes; ++lane) partial[j][lane] += x[i + lane] * row[i + lane];
+    Vector theirs[kCount];
+    for (int j = 0; j < kCount; ++j) std::memcpy(&theirs[j], y + j * cols + i, sizeof(Vector));
+    for (int r = 0; r < kRows; ++r) {
+      Vector ours;
+      std::memcpy(&ours, x + r * ldx + i, sizeof(Vector));
+      for (int j = 0; j < kCount; ++j) partial[r][j] += ours * theirs[j];
     }
   }
-  for (int j = 0; j < kCount; ++j) {
-    for (int64_t rest = i; rest < cols; ++rest) {
-      partial[j][rest % kLanes] += x[rest] * y[j * cols + rest];
+  for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < kCount; ++j) {
+      for (int64_t rest = i; rest < cols; ++rest) {
+        partial[r][j][rest % kLanes] += x[r * ldx + rest] * y[j * cols + rest];
+      }
+      T sum = 0;
+      for (int lane = 0; lane < kLanes; ++lane) sum += partial[r][j][lane];
+      out[r * ldo + j] = sum;
     }
-    T sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += partial[j][lane];
-    out[j] = sum;
   }
 }
 
 template <class T>
 T reciprocal_rms(const T* z, int64_t cols) {
   T squares;
-  dots<1>(z, z, cols, &squares);
+  dots<1, 1>(z, 0, z, cols, &squares, 0);
   return T(1) / std::sqrt(squares / static_cast<T>(cols) + static_cast<T>(kRmsEps));
 }
 
 template <class T>
-void bias_stats(T* z, const T* bias, int64_t count, int64_t cols, T* rstd) {
+void bias_stats(T* z, const T* bias, int64_t count, int64_t cols, T* rstd, RoundedRows rounded) {
   for (int64_t r = 0; r < count; ++r, z += cols) {
     for (int64_t i = 0; i < cols; ++i) z[i] += bias[i];
     rstd[r] = reciprocal_rms(z, cols);
+    if (rounded.data != nullptr) round_row(z, cols, rounded.data + r * rounded.stride);
   }
 }
 
@@ -94,6 +148,20 @@ void scale_activate_as(const T* a, int64_t lda, const T* rstd, int64_t count, in
   for (int64_t r = 0; r < count; ++r, a += lda, out += ldo) {
     const T scale = rstd[r];
     for (int64_t i = 0; i < cols; ++i) out[i] = activate<kActivation>(scale * a[i]);
+  }
+}
+
+template <Activation kActivation, class T>
+void scale_activate_rounded_as(const T* a, int64_t lda, const T* rstd, int64_t count, int64_t cols,
+                               RoundedRows out) {
+  for (int64_t r = 0; r < count; ++r, a += lda) {
+    const T scale = rstd[r];
+    uint16_t* to = out.data + r * out.stride;
+    for (int64_t i = 0; i < cols; ++i) {
+      Bfloat16 rounded;
+      narrow(static_cast<float>(activate<kActivation>(scale * a[i])), &rounded);
+      to[i] = rounded.bits;
+    }
   }
 }
 
@@ -111,23 +179,47 @@ void scale_activate(const T* a, int64_t lda, const T* rstd, int64_t count, int64
 }
 
 template <class T>
+void scale_activate_rounded(const T* a, int64_t lda, const T* rstd, int64_t count, int64_t cols,
+                            Activation activation, RoundedRows out) {
+  switch (activation) {
+    case Activation::kGelu:
+      return scale_activate_rounded_as<Activation::kGelu>(a, lda, rstd, count, cols, out);
+    case Activation::kRelu:
+      return scale_activate_rounded_as<Activation::kRelu>(a, lda, rstd, count, cols, out);
+    case Activation::kSilu:
+      return scale_activate_rounded_as<Activation::kSilu>(a, lda, rstd, count, cols, out);
+  }
+}
+
+template <class T>
 void residual_stats(const T* z, int64_t ldz, const T* delta, int64_t count, int64_t cols, T* out,
-                    int64_t ldo, T* rstd) {
+                    int64_t ldo, T* rstd, RoundedRows rounded) {
   for (int64_t r = 0; r < count; ++r, z += ldz, delta += cols, out += ldo) {
     for (int64_t i = 0; i < cols; ++i) out[i] = z[i] + delta[i];
     if (rstd != nullptr) rstd[r] = reciprocal_rms(out, cols);
+    if (rounded.data != nullptr) round_row(out, cols, rounded.data + r * rounded.stride);
+  }
+}
+
+template <int kRows, class T>
+void head_rows(const T* x, int64_t ldx, const T* weight, int64_t cols, int64_t heads, T* logits) {
+  int64_t head = 0;
+  for (; head + kTile <= heads; head += kTile) {
+    dots<kRows, kTile>(x, ldx, weight + head * cols, cols, logits + head, heads);
+  }
+  for (; head < heads; ++head) {
+    dots<kRows, 1>(x, ldx, weight + head * cols, cols, logits + head, heads);
   }
 }
 
 template <class T>
 void head_logits(const T* x, int64_t ldx, const T* weight, int64_t count, int64_t cols,
                  int64_t heads, T* logits) {
-  for (int64_t r = 0; r < count; ++r, x += ldx) {
-    int64_t head = 0;
-    for (; head + 4 <= heads; head += 4, logits += 4)
-      dots<4>(x, weight + head * cols, cols, logits);
-    for (; head < heads; ++head) dots<1>(x, weight + head * cols, cols, logits++);
+  int64_t r = 0;
+  for (; r + kTile <= count; r += kTile) {
+    head_rows<kTile>(x + r * ldx, ldx, weight, cols, heads, logits + r * heads);
   }
+  for (; r < count; ++r) head_rows<1>(x + r * ldx, ldx, weight, cols, heads, logits + r * heads);
 }
 
 template <Integration kIntegration, class C, class T>
@@ -191,8 +283,16 @@ void copy(const CacheView& base, const CacheView& out, HeadShape shape, const Ro
 
 template <class C, class T>
 RowKernels<T> table() {
-  return {C2C_STRING(C2C_ISA), gather<C, T>,   bias_stats<T>, scale_activate<T>,
-          residual_stats<T>,   head_logits<T>, combine<C, T>, copy<C>};
+  return {C2C_STRING(C2C_ISA),
+          gather<C, T>,
+          std::is_same_v<C, Bfloat16> ? gather_rounded : nullptr,
+          bias_stats<T>,
+          scale_activate<T>,
+          scale_activate_rounded<T>,
+          residual_stats<T>,
+          head_logits<T>,
+          combine<C, T>,
+          copy<C>};
 }
 
 }  // namespace

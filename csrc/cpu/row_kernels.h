@@ -31,6 +31,13 @@ struct Row {
 
 enum class CacheType { kFloat64, kFloat32, kBfloat16, kFloat16 };
 
+// Where a kernel leaves a row rounded to bfloat16 as well, as products of the CPU's own read it;
+// after an odd last column a zero. `data` null: nowhere.
+struct RoundedRows {
+  uint16_t* data = nullptr;
+  int64_t stride = 0;
+};
+
 // T: double for float64 caches, float for all others. `count` rows everywhere.
 template <class T>
 struct RowKernels {
@@ -41,11 +48,16 @@ struct RowKernels {
                  HeadShape base_shape, const Row* rows, int64_t count,
                  T* c);  // [count, sharer width + base width]
 
+  // The same without widening, for bfloat16 caches; null for others.
+  void (*gather_rounded)(const CacheView& sharer, HeadShape sharer_shape, const CacheView& base,
+                         HeadShape base_shape, const Row* rows, int64_t count, RoundedRows c);
+
   // z += bias; rstd[r] = 1 / sqrt(mean(z[r]^2) + eps).
   void (*bias_stats)(T* z,           // [count, cols]
                      const T* bias,  // [cols]
                      int64_t count, int64_t cols,
-                     T* rstd);  // [count]
+                     T* rstd,  // [count]
+                     RoundedRows rounded);
 
   // out[r] = activation(rstd[r] * a[r]).
   void (*scale_activate)(const T* a, int64_t lda,  // [count, cols], row stride lda
@@ -53,11 +65,16 @@ struct RowKernels {
                          int64_t count, int64_t cols, Activation activation, T* out,
                          int64_t ldo);  // [count, cols], row stride ldo; may be a
 
+  // The same, rounded to bfloat16; after an odd last column whatever is there stays.
+  void (*scale_activate_rounded)(const T* a, int64_t lda, const T* rstd, int64_t count,
+                                 int64_t cols, Activation activation, RoundedRows out);
+
   // out = z + delta; rstd as above, skipped if null.
   void (*residual_stats)(const T* z, int64_t ldz,  // [count, cols]
                          const T* delta,           // [count, cols], contiguous
                          int64_t count, int64_t cols, T* out, int64_t ldo,  // may be z
-                         T* rstd);                                          // [count] or null
+                         T* rstd,                                           // [count] or null
+                         RoundedRows rounded);                              // of out
 
   // logits[r] = weight x[r], summed in parts. A GEMM's one long running sum over 2 * hidden terms
   // made these logits less exact than the unfolded ones, and each scales a whole head.

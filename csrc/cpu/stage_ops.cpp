@@ -126,7 +126,7 @@ void stage_bias_stats(Tensor z, Tensor rstd, Tensor bias) {
     const auto& kernels = cpu::row_kernels<T>(sums_type(z.scalar_type()));
     const auto m = matrices<T>(z);
     for_rows(z.size(0), z.size(1), z.size(2), [&](int64_t g, int64_t r, int64_t n) {
-      kernels.bias_stats(m.row(g, r), vector<T>(bias, g), n, z.size(2), vector<T>(rstd, g) + r);
+      kernels.bias_stats(m.row(g, r), vector<T>(bias, g), n, z.size(2), vector<T>(rstd, g) + r, {});
     });
   });
 }
@@ -152,8 +152,11 @@ void stage_multiply(Tensor out, Tensor x, Tensor panels) {
     const int64_t streams = x.size(0), rows = x.size(1);
     const int64_t elements = streams * rows * cpu::rounded_elements(gemm, depth);
     const Tensor scratch = torch::stable::empty({&elements, 1}, sums);
+    const int64_t ld = cpu::rounded_stride(depth);
+    const Matrices<uint16_t> rounded{static_cast<uint16_t*>(scratch.data_ptr()), rows * ld, ld};
+    cpu::round_inputs(gemm, streams, rows, matrices<T>(x), depth, rounded);
     cpu::multiply(gemm, type, streams, rows, matrices<T>(out), cols, matrices<T>(x), depth,
-                  panels.const_data_ptr(), static_cast<T*>(scratch.data_ptr()));
+                  panels.const_data_ptr(), rounded);
   });
 }
 
@@ -187,7 +190,7 @@ void stage_residual_stats(Tensor out, Tensor rstd, Tensor z, Tensor delta) {
     const auto from = matrices<T>(z), add = matrices<T>(delta), to = matrices<T>(out);
     for_rows(z.size(0), z.size(1), z.size(2), [&](int64_t g, int64_t r, int64_t n) {
       kernels.residual_stats(from.row(g, r), from.row_stride, add.row(g, r), n, z.size(2),
-                             to.row(g, r), to.row_stride, vector<T>(rstd, g) + r);
+                             to.row(g, r), to.row_stride, vector<T>(rstd, g) + r, {});
     });
   });
 }

@@ -72,6 +72,16 @@ void for_rows(int64_t streams, int64_t rows, int64_t elements_per_row, const F& 
   });
 }
 
+// Rounds x to bfloat16 for `multiply`, where it reads that.
+template <class T>
+void round_inputs(const PanelGemm<T>& gemm, int64_t streams, int64_t rows, const Matrices<T>& x,
+                  int64_t depth, const Matrices<uint16_t>& rounded) {
+  if (gemm.round_rows == nullptr) return;
+  for_rows(streams, rows, depth, [&](int64_t g, int64_t r, int64_t n) {
+    gemm.round_rows(x.row(g, r), x.row_stride, n, depth, rounded.row(g, r), rounded.row_stride);
+  });
+}
+
 // Inputs of a product rounded to bfloat16: the row stride. An odd number of cache lines, so that a
 // tile's rows do not all compete for the same few places in the processor's cache.
 inline int64_t rounded_stride(int64_t depth) { return ((depth + 31) / 32 | 1) * 32; }
@@ -82,20 +92,14 @@ int64_t rounded_elements(const PanelGemm<T>& gemm, int64_t depth) {
   return gemm.round_rows == nullptr ? 0 : rounded_stride(depth) / 2;
 }
 
-// out[g] = x[g] @ weight[g]^T for `streams` x `rows`. The weights stand for [streams, cols, depth];
-// `scratch` has rounded_elements(depth) elements for every row of every stream.
+// out[g] = x[g] @ weight[g]^T for `streams` x `rows`. The weights stand for [streams, cols, depth].
+// With multiply_native it reads `rounded`, which holds x rounded to bfloat16, and not x.
 template <class T>
 void multiply(const PanelGemm<T>& gemm, CacheType type, int64_t streams, int64_t rows,
               const Matrices<T>& out, int64_t cols, const Matrices<T>& x, int64_t depth,
-              const void* weights, T* scratch) {
+              const void* weights, const Matrices<uint16_t>& rounded) {
   const bool native = gemm.multiply_native != nullptr;
-  const int64_t even = (depth + 1) / 2 * 2, ld = rounded_stride(depth);
-  auto* rounded = reinterpret_cast<uint16_t*>(scratch);
-  if (native) {
-    for_rows(streams, rows, depth, [&](int64_t g, int64_t r, int64_t n) {
-      gemm.round_rows(x.row(g, r), x.row_stride, n, depth, rounded + (g * rows + r) * ld, ld);
-    });
-  }
+  const int64_t even = (depth + 1) / 2 * 2;
   const int64_t stream_bytes =
       (cols + kPanel - 1) / kPanel * panel_elements(depth, type) * weight_size(type);
   // A task has as many rows as stay in a core's cache while it goes through its columns.
@@ -114,7 +118,7 @@ void multiply(const PanelGemm<T>& gemm, CacheType type, int64_t streams, int64_t
       T* to = out.row(g, r) + c;
       if constexpr (sizeof(T) == 4) {
         if (native) {
-          gemm.multiply_native(rounded + (g * rows + r) * ld, ld, w, even, n, c, wide, to,
+          gemm.multiply_native(rounded.row(g, r), rounded.row_stride, w, even, n, c, wide, to,
                                out.row_stride);
           continue;
         }

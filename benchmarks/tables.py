@@ -1,0 +1,236 @@
+"""Writes the tables of README.md and docs/ from benchmarks/results/, so that no figure is typed.
+
+usage: python benchmarks/tables.py [--check]
+
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`. With --check
+nothing is written; the exit status is 1 if a document differs from what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from c2c_ext.measure import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ("README.md", "docs/kernels.md", "docs/benchmarks.md")
+MARKED = re.compile(r"(<!-- table: ([^>]+?) -->\n).*?(<!-- end of table -->)", re.S)
+TOKENS = (1, 16, 64, 170, 512)
+# How often a fusion at depth 3 runs what bench_kernels.py times once; gather and combine are timed
+# for one stream, all others for all streams.
+TIMES = {
+    "gather": "streams",
+    "multiply_in": 1,
+    "bias_stats": 1,
+    "multiply_w1": 2,  # and w2, of the same size
+    "scale_activate": 3,
+    "residual_stats": 1,
+    "multiply_branches": 1,
+    "multiply_out": 1,
+    "head": 1,
+    "combine": "streams",
+}
+PROVIDERS = {
+    "reference": "plain PyTorch",
+    "compiled": "`torch.compile`, stream by stream",
+    "fuse": "**`c2c_ext.fuse`**",
+}
+
+Row = dict[str, Any]
+
+
+@lru_cache
+def results(name: str) -> dict[str, Any]:
+    """A results file."""
+    return json.loads((RESULTS / name).read_text("utf-8"))
+
+
+def find(rows: Iterable[Row], **wanted: object) -> Row | None:
+    """The row with these values, if there is one."""
+    found = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} rows for {wanted}")
+    return found[0] if found else None
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits from 0.1 ms up, whole from 100 ms up."""
+    ms = 1e3 * seconds
+    digits = 0 if ms >= 100 else 1 if ms >= 10 else 2 if ms >= 0.1 else 4
+    return f"{ms:,.{digits}f}".replace(",", " ")
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    body = [header, ["---"] * len(header), *lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in body)
+
+
+def fusions(name: str, shape: str, batch: int) -> str:
+    """Whole fusions: every provider's median, and the ratios."""
+    rows = [r for r in results(name)["rows"] if r["shape"] == shape and r["batch"] == batch]
+    tokens = [n for n in (*TOKENS, 2048) if any(r["tokens"] == n for r in rows)]
+    lines = []
+    for dtype in dict.fromkeys(r["dtype"] for r in rows):
+        at = {
+            (n, gates, p): find(rows, dtype=dtype, tokens=n, gates=gates, provider=p)
+            for n in tokens
+            for gates in ("all", "half")
+            for p in PROVIDERS
+        }
+        chosen = [(f"{dtype}: {text}", "all", p) for p, text in PROVIDERS.items()]
+        chosen.append((f"{dtype}: {PROVIDERS['fuse']}, half the gates open", "half", "fuse"))
+        for label, gates, provider in chosen:
+            found = [at[n, gates, provider] for n in tokens]
+            cells = [milliseconds(r["seconds"]["median"]) if r else "" for r in found]
+            lines.append([label, *cells])
+        ratios = []
+        for n in tokens:
+            row = at[n, "all", "fuse"]
+            both = [row["ratios"].get(p) for p in ("reference", "compiled")] if row else []
+            ratios.append(" / ".join(f"{r:.1f}" for r in both if r is not None) + " x")
+        lines.append([f"{dtype}: plain, compiled : ours", *ratios])
+    first, *others = tokens
+    return markdown(["ms (median)", f"N = {first}", *map(str, others)], lines) + "\n" + where(name)
+
+
+def floors(name: str, shape: str) -> str:
+    """Whole fusions by the op alone: what the ceilings allow, and what was measured."""
+    rows = [
+        r
+        for r in results(name)["rows"]
+        if (r["shape"], r["batch"], r["gates"], r["provider"]) == (shape, 1, "all", "op")
+    ]
+    lines = [
+        [
+            row["dtype"],
+            str(row["tokens"]),
+            f"{row['bytes'] / 1e6:,.0f}".replace(",", " "),
+            f"{row['flop'] / 1e9:,.1f}".replace(",", " "),
+            f"{row['memory_ceiling'] / 1e9:.0f}",
+            f"{row['gemm_ceiling'] / 1e9:.0f}",
+            milliseconds(row["bytes"] / row["memory_ceiling"]),
+            milliseconds(row["flop"] / row["gemm_ceiling"]),
+            milliseconds(row["seconds"]["median"]),
+            f"{row['fraction_of_ceiling']:.0%} of {row['bound']}",
+        ]
+        for row in rows
+    ]
+    header = "dtype|N|MB|GFLOP|GB/s|GFLOP/s|memory ms|compute ms|measured ms|reached"
+    return markdown(header.split("|"), lines) + "\n" + where(name)
+
+
+def stages(name: str, shape: str, dtype: str, tokens: Sequence[int]) -> str:
+    """Where the time goes: every stage as often as a fusion runs it."""
+    data = results(name)
+    lines, totals = [], dict.fromkeys(tokens, 0.0)
+    streams = 2 * {"tiny": 3, "real": 28, "large": 36}[shape]
+    taken: dict[tuple[str, int], tuple[float, Row]] = {}
+    for kernel, times in TIMES.items():
+        for n in tokens:
+            row = find(
+                data["rows"], kernel=kernel, shape=shape, dtype=dtype, tokens=n, provider="ours"
+            )
+            if row is None:
+                raise ValueError(f"{name} has no {kernel} of {shape} {dtype} at {n} tokens")
+            seconds = row["seconds"]["median"] * (streams if times == "streams" else times)
+            taken[kernel, n] = seconds, row
+            totals[n] += seconds
+    for kernel, times in TIMES.items():
+        cells = []
+        for n in tokens:
+            seconds, row = taken[kernel, n]
+            cells.append(
+                f"{milliseconds(seconds)} ({seconds / totals[n]:.0%}), "
+                f"{row['fraction_of_ceiling']:.0%} of {row['bound']}"
+            )
+        lines.append([f"`{kernel}`", str(streams if times == "streams" else times), *cells])
+    lines.append(["sum", "", *(milliseconds(totals[n]) for n in tokens)])
+    header = ["stage", "times", *(f"N = {n}: ms (share), of the ceiling" for n in tokens)]
+    return markdown(header, lines) + "\n" + where(name)
+
+
+def load_memory(name: str) -> str:
+    """Loading a fuser, two ways."""
+    data = results(name)
+    labels = {"parameters": "with its parameters", "inference_dtype": "`inference_dtype`"}
+    lines = []
+    for way, row in data["bytes"].items():
+        extra = [(row[k] - row["before"]) / 1e9 for k in ("peak", "after")]
+        lines.append([labels[way], *(f"{v:.2f}" for v in extra), f"{row['seconds']:.1f}"])
+    note = (
+        f"{data['parameter_bytes'] / 1e9:.2f} GB of {data['file_dtype']} parameters, packed for "
+        f"{data['dtype']} caches ({data['bytes']['parameters']['packed'] / 1e9:.2f} GB). "
+        "The peak counts pages of the mapped file. "
+    )
+    header = ["loading (real shape)", "at most, GB", "kept, GB", "seconds"]
+    return markdown(header, lines) + "\n" + note + where(name)
+
+
+def where(name: str) -> str:
+    """When and on what a file was measured."""
+    env = results(name)["environment"]
+    variables = " ".join(f"`{k}={v}`" for k, v in env.get("variables", {}).items())
+    return (
+        f"Measured on {env['date'][:10]}, {env['cpu']}, torch {env['torch']}"
+        + (f", with {variables}" if variables else "")
+        + f": [{name}]({{results}}/{name}).\n"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "fusions real": partial(fusions, "fuse.json", "real", 1),
+    "fusions real batch 8": partial(fusions, "fuse.json", "real", 8),
+    "fusions real batch 32": partial(fusions, "fuse.json", "real", 32),
+    "fusions large": partial(fusions, "fuse.json", "large", 1),
+    "fusions tiny": partial(fusions, "fuse.json", "tiny", 1),
+    "fusions real avx2": partial(fusions, "fuse_avx2.json", "real", 1),
+    "floors real": partial(floors, "fuse.json", "real"),
+    "load memory": partial(load_memory, "load_memory.json"),
+    "stages real float32": partial(stages, "kernels.json", "real", "float32", (1, 16, 170)),
+    "stages real bfloat16": partial(stages, "kernels.json", "real", "bfloat16", (1, 16, 170)),
+}
+
+
+def filled(document: str, text: str) -> str:
+    """A document's text with its tables written anew."""
+    path = "../" * document.count("/") + "benchmarks/results"
+
+    def table(match: re.Match) -> str:
+        name = match[2]
+        if name not in TABLES:
+            raise ValueError(f"{document}: no table {name!r}; known: {', '.join(TABLES)}")
+        return match[1] + TABLES[name]().replace("{results}", path) + match[3]
+
+    return MARKED.sub(table, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if one differs")
+    options = parser.parse_args(argv)
+    status = 0
+    for document in DOCUMENTS:
+        path = ROOT / document
+        if not path.exists():
+            continue
+        old = path.read_text("utf-8")
+        new = filled(document, old)
+        if new != old:
+            status = 1
+            print(f"{document}: {'differs' if options.check else 'written'}")
+            if not options.check:
+                write_text(path, new)
+    return status if options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
