@@ -74,9 +74,10 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in body)
 
 
-def fusions(name: str, shape: str, batch: int) -> str:
+def fusions(names: Sequence[str], shape: str, batch: int) -> str:
     """Whole fusions: every provider's median, and the ratios."""
-    rows = [r for r in results(name)["rows"] if r["shape"] == shape and r["batch"] == batch]
+    every = [row for name in names for row in results(name)["rows"]]
+    rows = [r for r in every if r["shape"] == shape and r["batch"] == batch]
     tokens = [n for n in (*TOKENS, 2048) if any(r["tokens"] == n for r in rows)]
     lines = []
     for dtype in dict.fromkeys(r["dtype"] for r in rows):
@@ -90,22 +91,28 @@ def fusions(name: str, shape: str, batch: int) -> str:
         chosen.append((f"{dtype}: {PROVIDERS['fuse']}, half the gates open", "half", "fuse"))
         for label, gates, provider in chosen:
             found = [at[n, gates, provider] for n in tokens]
+            if not any(found):
+                continue
             cells = [milliseconds(r["seconds"]["median"]) if r else "" for r in found]
             lines.append([label, *cells])
         ratios = []
         for n in tokens:
             row = at[n, "all", "fuse"]
             both = [row["ratios"].get(p) for p in ("reference", "compiled")] if row else []
-            ratios.append(" / ".join(f"{r:.1f}" for r in both if r is not None) + " x")
+            known = " / ".join(f"{r:.1f}" for r in both if r is not None)
+            ratios.append(f"{known} x" if known else "")
         lines.append([f"{dtype}: plain, compiled : ours", *ratios])
     first, *others = tokens
-    return markdown(["ms (median)", f"N = {first}", *map(str, others)], lines) + "\n" + where(name)
+    return (
+        markdown(["ms (median)", f"N = {first}", *map(str, others)], lines) + "\n" + where(*names)
+    )
 
 
-def floors(name: str, shape: str) -> str:
+def floors(names: Sequence[str], shape: str) -> str:
     """Whole fusions by the op alone: what the ceilings allow, and what was measured."""
     rows = [
         r
+        for name in names
         for r in results(name)["rows"]
         if (r["shape"], r["batch"], r["gates"], r["provider"]) == (shape, 1, "all", "op")
     ]
@@ -125,7 +132,7 @@ def floors(name: str, shape: str) -> str:
         for row in rows
     ]
     header = "dtype|N|MB|GFLOP|GB/s|GFLOP/s|memory ms|compute ms|measured ms|reached"
-    return markdown(header.split("|"), lines) + "\n" + where(name)
+    return markdown(header.split("|"), lines) + "\n" + where(*names)
 
 
 def stages(name: str, shape: str, dtype: str, tokens: Sequence[int]) -> str:
@@ -158,6 +165,27 @@ def stages(name: str, shape: str, dtype: str, tokens: Sequence[int]) -> str:
     return markdown(header, lines) + "\n" + where(name)
 
 
+def answers(names: Sequence[str]) -> str:
+    """Whole answers: alone, by text, by cache; milliseconds by part and the most memory."""
+    parts = ("sharer prefill", "sharer writing", "transfer", "fusing", "receiver prefill")
+    lines = []
+    for row in (row for name in names for row in results(name)["rows"]):
+        medians = {name: part["median"] for name, part in row["parts"].items()}
+        lines.append(
+            [
+                f"{row['shape']}, {row['tokens']}",
+                row["provider"],
+                *(milliseconds(medians[p]) if p in medians else "" for p in parts),
+                milliseconds(row["first_token"]["median"]),
+                milliseconds(row["per_token"]["median"]),
+                milliseconds(row["seconds"]["median"]),
+                f"{row['memory_bytes']['peak'] / 1e6:,.0f}".replace(",", " "),
+            ]
+        )
+    header = ["pair, prompt", "mode", *parts, "first token", "per token", "total", "peak MB"]
+    return markdown(header, lines) + "\n" + where(*names)
+
+
 def load_memory(name: str) -> str:
     """Loading a fuser, two ways."""
     data = results(name)
@@ -175,25 +203,30 @@ def load_memory(name: str) -> str:
     return markdown(header, lines) + "\n" + note + where(name)
 
 
-def where(name: str) -> str:
-    """When and on what a file was measured."""
-    env = results(name)["environment"]
-    variables = " ".join(f"`{k}={v}`" for k, v in env.get("variables", {}).items())
-    return (
-        f"Measured on {env['date'][:10]}, {env['cpu']}, torch {env['torch']}"
-        + (f", with {variables}" if variables else "")
-        + f": [{name}]({{results}}/{name}).\n"
-    )
+def where(*names: str) -> str:
+    """When and on what files were measured."""
+    sentences = []
+    for name in names:
+        env = results(name)["environment"]
+        variables = " ".join(f"`{k}={v}`" for k, v in env.get("variables", {}).items())
+        sentences.append(
+            f"Measured on {env['date'][:10]}, {env['cpu']}, torch {env['torch']}"
+            + (f", with {variables}" if variables else "")
+            + f": [{name}]({{results}}/{name})."
+        )
+    return "\n".join(sentences) + "\n"
 
 
+FUSE = ("fuse_float32.json", "fuse_bfloat16.json")
 TABLES: dict[str, Callable[[], str]] = {
-    "fusions real": partial(fusions, "fuse.json", "real", 1),
-    "fusions real batch 8": partial(fusions, "fuse.json", "real", 8),
-    "fusions real batch 32": partial(fusions, "fuse.json", "real", 32),
-    "fusions large": partial(fusions, "fuse.json", "large", 1),
-    "fusions tiny": partial(fusions, "fuse.json", "tiny", 1),
-    "fusions real avx2": partial(fusions, "fuse_avx2.json", "real", 1),
-    "floors real": partial(floors, "fuse.json", "real"),
+    "fusions real": partial(fusions, FUSE, "real", 1),
+    "fusions real batch 8": partial(fusions, FUSE, "real", 8),
+    "fusions real batch 32": partial(fusions, FUSE, "real", 32),
+    "fusions large": partial(fusions, FUSE, "large", 1),
+    "fusions tiny": partial(fusions, FUSE, "tiny", 1),
+    "fusions real avx2": partial(fusions, ("fuse_avx2.json",), "real", 1),
+    "floors real": partial(floors, FUSE, "real"),
+    "answers": partial(answers, ("generate.json", "generate_real.json")),
     "load memory": partial(load_memory, "load_memory.json"),
     "stages real float32": partial(stages, "kernels.json", "real", "float32", (1, 16, 170)),
     "stages real bfloat16": partial(stages, "kernels.json", "real", "bfloat16", (1, 16, 170)),
