@@ -267,7 +267,8 @@ def peak(name: str, dtype: str, mode: str, tokens: int, message: int, new_tokens
 
 def peak_in_a_process(*arguments: Any) -> dict[str, int]:
     """`peak` in a fresh process, which holds nothing but what the mode needs."""
-    command = [sys.executable, __file__, "--one-peak", *map(str, arguments)]
+    command = [sys.executable, __file__, "--threads", str(torch.get_num_threads())]
+    command += ["--one-peak", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"bench_generate.py --one-peak failed: {done.stderr[-500:]}")
@@ -338,6 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     if options.one_peak is not None:
+        torch.set_num_threads(options.threads)  # the op's scratch depends on it
         name, dtype, mode, *numbers = options.one_peak
         print(json.dumps(peak(name, dtype, mode, *map(int, numbers))))
         return 0

@@ -72,6 +72,10 @@ def effort_of(options: argparse.Namespace) -> Effort:
     """How long to measure, by the options."""
     base = QUICK if options.quick else Effort()
     given = {name: getattr(options, name) for name in ("rounds", "seconds", "limit")}
+    for name in ("seconds", "limit"):
+        value = given[name]
+        if value is not None and not 0 < value < float("inf"):
+            raise SystemExit(f"--{name} must be a finite number above 0, got {value}")
     return Effort(**{n: getattr(base, n) if v is None else v for n, v in given.items()})
 
 
@@ -90,6 +94,8 @@ class Results:
         self.benchmark, self.effort = benchmark, effort_of(options)
         if options.output is not None and not options.output.resolve().parent.is_dir():
             raise SystemExit(f"--output: there is no directory {options.output.resolve().parent}")
+        if options.output is not None and options.output.is_dir():
+            raise SystemExit(f"--output must be a file, {options.output} is a directory")
         default = None if options.quick else RESULTS / f"{benchmark}.json"
         self.target: Path | None = options.output or default
         if options.affinity is not None:  # before the first thread is started: they inherit it

@@ -61,9 +61,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="real")
     parser.add_argument("--file-dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the caches")
-    parser.add_argument("--output", type=Path, default=harness.RESULTS / "load_memory.json")
+    parser.add_argument("--output", type=Path, help="needed for other shapes than real")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "DIRECTORY"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.output is None:
+        if options.shape != "real" and not options.measure:
+            parser.error("--shape: the recorded file is of the real shape; give --output too")
+        options.output = harness.RESULTS / "load_memory.json"
     if options.measure:
         way, directory = options.measure
         print(json.dumps(measure(way, directory, DTYPES[options.dtype])))

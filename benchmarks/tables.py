@@ -50,7 +50,10 @@ Row = dict[str, Any]
 @lru_cache
 def results(name: str) -> dict[str, Any]:
     """A results file."""
-    return json.loads((RESULTS / name).read_text("utf-8"))
+    data = json.loads((RESULTS / name).read_text("utf-8"))
+    if not data.get("complete", True):
+        raise ValueError(f"{name} is of a run that did not come to its end")
+    return data
 
 
 def find(rows: Iterable[Row], **wanted: object) -> Row | None:
@@ -210,7 +213,9 @@ def where(*names: str) -> str:
         env = results(name)["environment"]
         variables = " ".join(f"`{k}={v}`" for k, v in env.get("variables", {}).items())
         sentences.append(
-            f"Measured on {env['date'][:10]}, {env['cpu']}, torch {env['torch']}"
+            f"Measured on {env['date'][:10]} at {(env['commit'] or 'no commit')[:7]}"
+            + (" and changes" if env["dirty"] else "")
+            + f", {env['cpu']}, torch {env['torch']}"
             + (f", with {variables}" if variables else "")
             + f": [{name}]({{results}}/{name})."
         )

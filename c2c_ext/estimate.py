@@ -186,9 +186,9 @@ def scratch_bytes(
         columns = max(inputs, m + h) + h + max(receiver.width, h) + (m + h + weighting)
         columns += (m + h if deep else 0) + heads + 1
         if multiplies_bfloat16(work.dtype, device):  # inputs rounded
-            columns += (-(-max(inputs, m + h) // 32) | 1) * 16
+            columns += (-(-(max(inputs, m + h) + 1) // 32) | 1) * 16
         budget = most // itemsize // columns  # (stream, token) pairs
-        rows = min(max(budget, 1), work.rows)
+        rows = -(-work.rows // -(-work.rows // max(budget, 1)))
         streams = min(max(budget // rows, 1), count)
         largest = max(largest, streams * rows * columns * itemsize)
     return largest

@@ -139,6 +139,7 @@ class Fuser(nn.Module):
     def config(self, config: FuserConfig) -> None:
         if not isinstance(config, FuserConfig):
             raise TypeError(f"Fuser: config must be a FuserConfig, got {type(config).__name__}")
+        self._check_has_parameters("given another config")
         old = self._config
         layers = range(len(old.layer_map))
         if (
@@ -183,6 +184,12 @@ class Fuser(nn.Module):
 
         Syncs with the host.
         """
+        if self._only is not None:
+            return sorted(
+                (layer, "key" if i < group.num_keys else "value")
+                for group in self._packs[self._only][2].groups
+                for i, layer in enumerate(group.layers)
+            )
         return sorted(group.place(g) for group in self.groups for g in group.open_streams())
 
     def packed(self, dtype: torch.dtype, device: torch.device) -> PackedFuser:
@@ -276,6 +283,11 @@ class Fuser(nn.Module):
         self._check_has_parameters("cast or moved")
         self.repack()
         return super()._apply(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; refused where there are no parameters to load into."""
+        self._check_has_parameters("loaded into")
+        return super().load_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._only is not None:

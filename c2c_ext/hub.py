@@ -27,6 +27,7 @@ from .serialization import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     check_card,
+    check_has_numbers,
     check_parameters,
     save_fuser,
 )
@@ -91,6 +92,7 @@ def push_to_hub(
         )
     check_card(card)
     # Before anything is created on the Hub.
+    check_has_numbers(fuser)
     check_parameters(fuser.config, {name: t.detach() for name, t in fuser.state_dict().items()})
     token = options.get("token")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import FuserConfig
 from .fuser import Fuser, stream_weights
 from .packed import check_packable, pack_streams
 from .reference import StreamWeights
@@ -36,10 +35,16 @@ def loader(dtype: torch.dtype | None, device: torch.device | str) -> Callable[[P
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise ValueError(f"c2c_ext: inference_dtype must be one of {names}, got {dtype!r:.80}")
-    # Where tensors say they are: "cuda" is the current one.
-    place = torch.empty(0, device=place).device
     if place.type == "meta":
         raise ValueError("c2c_ext: inference_device must hold numbers, got meta")
+    try:
+        # Where tensors say they are: "cuda" is the current one.
+        place = torch.empty(0, device=place).device
+    except Exception as error:  # whatever a backend that is not there raises
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"c2c_ext: inference_device {place} cannot be used here: {reason}"
+        ) from error
     return lambda directory: _load(directory, dtype, place)
 
 
@@ -47,8 +52,14 @@ def _load(directory: Path, dtype: torch.dtype, device: torch.device) -> Fuser:
     config = load_config(directory)
     check_packable(config)
     weights = directory / WEIGHTS_NAME
-    with open_weights(weights, config) as read, torch.inference_mode(False), torch.no_grad():
-        fuser = _without_parameters(config)
+    with (
+        open_weights(weights, config) as read,
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.device("cpu"),  # whatever the caller's default is
+    ):
+        with torch.device("meta"):
+            fuser = Fuser(config).requires_grad_(False)
 
         def stream(group: int, index: int) -> dict[str, Tensor]:
             # Cloned before they are checked: the file may change.
@@ -62,22 +73,13 @@ def _load(directory: Path, dtype: torch.dtype, device: torch.device) -> Fuser:
             return stream_weights(lambda name: tensors[name].double() if name in tensors else None)
 
         for number, group in enumerate(fuser.groups):
+            gates: list[Tensor | None] = []
             for index in range(len(group.layers) * len(group.kinds)):
-                if hasattr(group, "gate_logit"):
-                    group.gate_logit[index] = stream(number, index)["gate_logit"]
+                gates.append(stream(number, index).get("gate_logit"))
+            if hasattr(group, "gate_logit"):
+                group.gate_logit = torch.nn.Parameter(torch.stack(gates), requires_grad=False)
         packed = pack_streams(fuser, folded, dtype, device)
     key = (dtype, device)
     fuser._packs[key] = (config, None, packed)
     fuser._only = key
     return fuser.eval()
-
-
-def _without_parameters(config: FuserConfig) -> Fuser:
-    """A fuser whose gates alone have numbers, all of them closed."""
-    with torch.device("meta"):
-        fuser = Fuser(config).requires_grad_(False)
-    for group in fuser.groups:
-        if hasattr(group, "gate_logit"):
-            closed = torch.zeros(group.gate_logit.shape)
-            group.gate_logit = torch.nn.Parameter(closed, requires_grad=False)
-    return fuser

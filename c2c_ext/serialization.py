@@ -103,12 +103,7 @@ def check_card(card: CardInfo | None) -> None:
 
 def host_tensors(fuser: Fuser) -> dict[str, Tensor]:
     """A checked copy of the fuser's parameters in the host's memory, each with its own storage."""
-    for name, t in fuser.state_dict().items():
-        if t.is_meta:
-            raise ValueError(
-                f"c2c_ext: the fuser holds no numbers to save: its {name} is on the meta device"
-                + (" (it was loaded for inference only)" if fuser.inference_only else "")
-            )
+    check_has_numbers(fuser)
     # Cloned: safetensors refuses tensors that share memory, as tied parameters do.
     tensors = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -116,6 +111,16 @@ def host_tensors(fuser: Fuser) -> dict[str, Tensor]:
     }
     check_parameters(fuser.config, tensors)
     return tensors
+
+
+def check_has_numbers(fuser: Fuser) -> None:
+    """Raises ValueError if a parameter is on the meta device."""
+    for name, t in fuser.state_dict().items():
+        if t.is_meta:
+            raise ValueError(
+                f"c2c_ext: the fuser holds no numbers to save: its {name} is on the meta device"
+                + (" (it was loaded for inference only)" if fuser.inference_only else "")
+            )
 
 
 def _text_writer(text: str) -> Callable[[str], Any]:

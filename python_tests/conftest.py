@@ -38,6 +38,9 @@ SHAPES = {
         "hidden_size": 23,
         "intermediate_size": 37,
     },
+    # Sums of an odd and an even, of two odd widths that fill whole cache lines together.
+    "odd_inner": {"intermediate_size": 15},
+    "odd_widths": {"hidden_size": 17, "intermediate_size": 15},
     "groups": {
         "receiver": [(2, 8), (1, 20), (2, 8)],
         "sharer": [(1, 4), (3, 6)],

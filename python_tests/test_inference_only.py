@@ -1,6 +1,7 @@
 """from_pretrained(inference_dtype=...): the packed form without parameters."""
 
 import copy
+import dataclasses
 import pickle
 import re
 from pathlib import Path
@@ -91,6 +92,21 @@ def test_weights_are_read_one_stream_at_a_time(saved: Path, monkeypatch) -> None
     assert len(most) == 4 and max(most) == 1
 
 
+def test_tiny_gates_of_a_wide_file_stay_open(tmp_path: Path) -> None:
+    fuser = make_fuser().double()
+    set_gates(fuser, {}, default=1e-60)
+    fuser.save_pretrained(tmp_path)
+    only = Fuser.from_pretrained(tmp_path, inference_dtype=torch.float32)
+    assert only.open_streams() == fuser.open_streams() != []
+
+
+def test_the_default_device_of_the_caller_does_not_matter(saved: Path) -> None:
+    with torch.device("meta"):
+        only = Fuser.from_pretrained(saved, inference_dtype=torch.float32)
+    whole = Fuser.from_pretrained(saved)
+    assert_same_packed(only.packed(torch.float32, CPU), whole.packed(torch.float32, CPU))
+
+
 def test_generates_as_the_fuser_with_parameters(saved: Path) -> None:
     config = Fuser.from_pretrained(saved).config
     base, sharer = make_caches(config, tokens=3, sharer_tokens=6)
@@ -122,7 +138,14 @@ def test_other_caches_are_refused(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [lambda f: f.to(torch.float32), lambda f: f.half(), lambda f: f.repack()]
+    "change",
+    [
+        lambda f: f.to(torch.float32),
+        lambda f: f.half(),
+        lambda f: f.repack(),
+        lambda f: f.load_state_dict(f.state_dict()),
+        lambda f: setattr(f, "config", dataclasses.replace(f.config, activation="silu")),
+    ],
 )
 def test_what_needs_parameters_is_refused(saved: Path, change) -> None:
     only = Fuser.from_pretrained(saved, inference_dtype=torch.float32)
@@ -158,6 +181,10 @@ def test_a_variant_without_packed_form_is_refused(tmp_path: Path, variant: str) 
             "inference_device must be a device, got 'here'",
         ),
         ({"inference_dtype": torch.float32, "inference_device": "meta"}, "must hold numbers"),
+        (
+            {"inference_dtype": torch.float32, "inference_device": "xpu"},
+            "inference_device xpu cannot be used here",
+        ),
     ],
 )
 def test_bad_options_are_named(saved: Path, options: dict, message: str) -> None:

@@ -54,6 +54,26 @@ def test_token_by_token_equals_reference(shape, dtype, device):
     assert_fused(fuser, base, sharer, list(zip(joined[::2], joined[1::2], strict=True)))
 
 
+@pytest.fixture
+def poisoned_memory():
+    """Every uninitialised tensor, the op's scratch among them, holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_memory_that_nobody_wrote_is_not_read(poisoned_memory, shape, dtype, device):
+    config = make_config(**SHAPES[shape])
+    base, sharer = make_caches(config, 1, 5, 5, dtype, device)
+    fused = run_op(make_fuser(config, device=device), base, sharer)
+    assert all(t.isfinite().all() for t in flat(fused))
+
+
 def test_every_size_may_be_one(device):
     config = make_config([(1, 1)], [(1, 1)], [0], hidden_size=1, intermediate_size=1)
     fuser = make_fuser(config, device=device)

@@ -39,6 +39,7 @@ def test_a_table_shows_medians_and_ratios_of_its_rows(tables, tmp_path, monkeypa
         row("fuse", 0.05, reference=4.0, compiled=2.0),
     ]
     environment = {"date": "2026-01-02T03:04:05+00:00", "cpu": "a CPU", "torch": "9"}
+    environment |= {"commit": "0123456789", "dirty": False}
     for name, held in (("fuse_float32.json", rows), ("fuse_bfloat16.json", [])):
         text = json.dumps({"rows": held, "environment": environment})
         (tmp_path / name).write_text(text)
@@ -56,7 +57,7 @@ def test_a_table_shows_medians_and_ratios_of_its_rows(tables, tmp_path, monkeypa
     assert "half the gates open" not in text  # there are no such rows
     assert "| float32: plain, compiled : ours | 4.0 / 2.0 x |" in text
     source = "[fuse_float32.json](benchmarks/results/fuse_float32.json)"
-    assert f"Measured on 2026-01-02, a CPU, torch 9: {source}." in text
+    assert f"Measured on 2026-01-02 at 0123456, a CPU, torch 9: {source}." in text
 
 
 def test_an_unknown_table_is_named(tables) -> None:

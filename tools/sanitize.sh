@@ -72,7 +72,7 @@ echo "sanitize: both sanitizers see faults, also in torch's memory"
 if [ $# -eq 0 ]; then
   # Not what runs no code of ours, or the same code again through torch's slow compilers.
   set -- -k "not (grad or dropout or opcheck or compiled or transform)"
-  for name in op op_refusals op_dispatch variants fuse fuse_refusals fuzz instruction_sets; do
+  for name in op op_refusals op_dispatch variants fuse fuse_refusals fuzz instruction_sets stages; do
     set -- "$@" "python_tests/test_$name.py"
   done
 fi

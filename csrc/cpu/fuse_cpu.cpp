@@ -176,7 +176,8 @@ class Chunk {
             1,
             cpu::rounded_elements(gemm_, rounded_columns())};
   }
-  int64_t rounded_columns() const { return std::max(input_width(), s_.inner + s_.hidden); }
+  // [activated | z | zero], or the gathered input and a zero.
+  int64_t rounded_columns() const { return std::max(input_width(), s_.inner + s_.hidden) + 1; }
   std::array<T**, 8> buffers() { return {&a_, &z_, &d_, &y_, &q_, &s_heads_, &rstd_, &rounded_}; }
 
   Matrices<T> packed(T* data, int64_t cols) const { return {data, count_ * cols, cols}; }
@@ -274,7 +275,8 @@ void run_fuse(const FuseCall& call, const PackedWeights& weights,
   const int64_t bytes =
       std::min(kMaxScratchBytes, kScratchBytesPerThread * torch::stable::get_num_threads());
   const int64_t budget = bytes / static_cast<int64_t>(sizeof(T)) / row_elements;  // rows
-  const int64_t chunk_rows = std::clamp<int64_t>(budget, 1, count);
+  const int64_t chunks = (count + std::max<int64_t>(budget, 1) - 1) / std::max<int64_t>(budget, 1);
+  const int64_t chunk_rows = (count + chunks - 1) / chunks;  // of about the same size
   const int64_t chunk_streams = std::clamp<int64_t>(budget / chunk_rows, 1, s.streams);
   const int64_t scratch_size = chunk_streams * chunk_rows * row_elements;
   const Tensor scratch = torch::stable::empty(

@@ -56,7 +56,7 @@ void gather_rounded(const CacheView& sharer, HeadShape sharer_shape, const Cache
     uint16_t* to = c.data + r * c.stride;
     copy_token(sharer, sharer_shape, rows[r].batch, rows[r].source, to);
     copy_token(base, base_shape, rows[r].batch, rows[r].token, to + sharer_width);
-    if (width % 2 != 0) to[width] = 0;
+    to[width] = 0;
   }
 }
 
@@ -89,7 +89,7 @@ void round_row(const float* x, int64_t cols, uint16_t* out) {
     narrow(x[i], &rounded);
     out[i] = rounded.bits;
   }
-  if (cols % 2 != 0) out[cols] = 0;
+  out[cols] = 0;
 }
 void round_row(const double*, int64_t, uint16_t*) {}  // never asked for
 

@@ -31,8 +31,8 @@ struct Row {
 
 enum class CacheType { kFloat64, kFloat32, kBfloat16, kFloat16 };
 
-// Where a kernel leaves a row rounded to bfloat16 as well, as products of the CPU's own read it;
-// after an odd last column a zero. `data` null: nowhere.
+// Where a kernel leaves a row rounded to bfloat16 as well, as products of the CPU's own read it,
+// and a zero behind it: they read pairs. `data` null: nowhere.
 struct RoundedRows {
   uint16_t* data = nullptr;
   int64_t stride = 0;

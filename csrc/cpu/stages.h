@@ -103,7 +103,8 @@ void multiply(const PanelGemm<T>& gemm, CacheType type, int64_t streams, int64_t
   const int64_t stream_bytes =
       (cols + kPanel - 1) / kPanel * panel_elements(depth, type) * weight_size(type);
   // A task has as many rows as stay in a core's cache while it goes through its columns.
-  const int64_t input_bytes = depth * (native ? 2 : static_cast<int64_t>(sizeof(T)));
+  const int64_t input_bytes =
+      std::max<int64_t>(1, depth * (native ? 2 : static_cast<int64_t>(sizeof(T))));
   const int64_t block = std::max<int64_t>(8, kInputBytesPerTask / input_bytes / 8 * 8);
   const int64_t row_blocks = (rows + block - 1) / block;
   const int64_t step = 4 * gemm.column_step;
