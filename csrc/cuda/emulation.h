@@ -2,7 +2,7 @@
 // that the CUDA programming guide and the PTX ISA give them. Stricter than a GPU where a fault would
 // otherwise stay unseen: shared memory and the targets of copies in flight hold NaNs, misaligned or
 // wrong addresses, barriers and warp operations that do not meet are errors. Build with
-// -fno-strict-aliasing: kernels read memory as wider types.
+// -fno-strict-aliasing, for kernels read memory as wider types, and -Wno-unknown-pragmas.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,6 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // #pragma unroll
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
@@ -287,7 +286,7 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, std::
   static_assert(sizeof...(P) == sizeof...(A), "launch needs one argument per parameter");
   static_assert((std::size_t{0} + ... + sizeof(P)) <= kMaxParameterBytes, "too many parameters");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  const std::tuple<P...> parameters(static_cast<P>(args)...);
+  const std::tuple<P...> parameters{static_cast<P>(args)...};
   emulation::Runner::get().run(name, grid, block, shared_bytes,
                                [&] { std::apply(kernel, parameters); });
 }
