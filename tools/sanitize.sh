@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Builds the C++ op with AddressSanitizer and UndefinedBehaviorSanitizer (GCC) beside the checkout's
-# own build and runs the op's tests on it; first it checks that both sanitizers would stop a fault.
+# own build and runs the op's tests on it; first it checks that both sanitizers would stop a fault,
+# also one in emulated shared memory, and runs the emulation's own checks.
 # usage: tools/sanitize.sh PYTHON [PYTEST ARGUMENT...]   (a Python that has what build and tests need)
 set -euo pipefail
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 shift
 cd "$(dirname "$0")/.."
-build=$PWD/build/sanitize tree=$PWD/build/sanitize/tree
+root=$PWD build=$PWD/build/sanitize tree=$PWD/build/sanitize/tree
 export PATH="$(dirname "$python"):$PATH"
 cxx=${CXX:-g++}
 flags="-g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+flags="$flags -fsanitize-sections=c2c_shared"  # margins around emulated static __shared__ arrays
 preload=
 for library in libasan.so libubsan.so libstdc++.so; do
   file=$("$cxx" -print-file-name=$library)
@@ -67,6 +69,28 @@ import c2c_ext
 assert c2c_ext.__file__.startswith('$tree'), c2c_ext.__file__
 assert '-fsanitize=address,undefined' in c2c_ext.build_info()['flags']"
 echo "sanitize: both sanitizers see faults, also in torch's memory"
+
+# ---- the emulation of CUDA ---------------------------------------------------------------------
+for program in emulation_checks emulation_faults; do
+  "$cxx" -std=c++17 -O1 $flags -fno-strict-aliasing -Wno-unknown-pragmas -I"$root/csrc/cuda" \
+    -o "$build/$program" "$tree/python_tests/$program.cpp"
+done
+emulated() { # order, program, check
+  C2C_EMULATE_ORDER=$1 ASAN_OPTIONS=detect_leaks=0 "$build/$2" "$3" 2>&1
+}
+for order in forward reverse; do
+  for check in $("$build/emulation_checks") the_next_launch_is_right_after_an_error; do
+    program=emulation_checks
+    [ "$check" != the_next_launch_is_right_after_an_error ] || program=emulation_faults
+    emulated $order $program "$check" || { echo "sanitize: $check failed, $order" >&2; exit 1; }
+  done
+  for check in overrun_of_dynamic_shared_memory underrun_of_dynamic_shared_memory \
+    read_behind_dynamic_shared_memory write_behind_static_shared_memory; do
+    emulated $order emulation_faults $check >"$build/fault.log" || true
+    grep -qE "ERROR: AddressSanitizer: (use-after-poison|global-buffer-overflow)" \
+      "$build/fault.log" || { echo "sanitize: '$check' went through" >&2; exit 1; }
+  done
+done
 
 # ---- the tests ---------------------------------------------------------------------------------
 if [ $# -eq 0 ]; then
