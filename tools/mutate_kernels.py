@@ -30,9 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / "build" / "mutants" / "tree"
 SURVIVORS = ROOT / "tools" / "surviving_mutants.json"
 COPIED = ["c2c_ext", "cmake", "csrc", "python_tests", "CMakeLists.txt", "pyproject.toml"]
+LIBRARY = TREE / "build" / "emulated" / "libc2c_ext_emulated.so"  # if `BUILD` makes it
 BUILD = (
-    "cmake -S . -B build/emulated -G Ninja -DCMAKE_BUILD_TYPE=Release -DC2C_EXT_CUDA=0 "
-    "-DPython_EXECUTABLE={python} && cmake --build build/emulated --target c2c_ext_emulated"
+    "cmake -S . -B build/emulated -G Ninja -DC2C_EXT_CUDA=0 -DPython_EXECUTABLE={python} "
+    "&& cmake --build build/emulated --target c2c_ext_emulated"
 )
 ORDERS = ("forward", "reverse")
 
@@ -110,7 +111,12 @@ class Workshop:
         process = subprocess.Popen(
             command,
             cwd=TREE,
-            env={**os.environ, "PYTHONPATH": str(TREE), **environment},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(TREE),
+                "C2C_EMULATED_LIBRARY": str(LIBRARY) if LIBRARY.exists() else "",
+                **environment,
+            },
             shell=isinstance(command, str),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
