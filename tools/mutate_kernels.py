@@ -95,8 +95,9 @@ def mutants(file: str, text: str) -> Iterator[Mutant]:
 class Workshop:
     """A copy of the tree, in which mutants are built and tested."""
 
-    def __init__(self, build: str, tests: list[str], timeout: float) -> None:
-        self.build, self.tests, self.timeout = build, tests, timeout
+    def __init__(self, build: str, tests: list[str]) -> None:
+        self.build, self.tests = build, tests
+        self.limit: float | None = None  # seconds for the tests in one order
         for name in COPIED:
             source, target = ROOT / name, TREE / name
             if not source.is_dir():
@@ -106,7 +107,9 @@ class Workshop:
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
 
-    def run(self, command: str | list[str], **environment: str) -> tuple[int, str]:
+    def run(
+        self, command: str | list[str], limit: float | None = None, **environment: str
+    ) -> tuple[int, str]:
         """Exit status (124: took too long) and output of a command in the copy."""
         process = subprocess.Popen(
             command,
@@ -125,7 +128,7 @@ class Workshop:
             start_new_session=True,
         )
         try:
-            output, _ = process.communicate(timeout=self.timeout)
+            output, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             output, _ = process.communicate()
@@ -140,7 +143,7 @@ class Workshop:
         for order in ORDERS:
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
             status, output = self.run(
-                [*command, "--tb=line", *self.tests], C2C_EMULATE_ORDER=order
+                [*command, "--tb=line", *self.tests], self.limit, C2C_EMULATE_ORDER=order
             )
             if status == 124:
                 return "caught", f"{order}: takes too long"
@@ -169,7 +172,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--kinds", default="barrier,groups,looser,stricter", help="which changes")
     parser.add_argument("--lines", default="", help="only lines that this regular expression finds")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds for a build or a run")
     tests: list[str] = []
     if "--" in arguments:
         split = arguments.index("--")
@@ -197,17 +199,18 @@ def main() -> int:
         print(f"{len(chosen)} mutants")
         return 0
 
-    workshop = Workshop(options.build.replace("{python}", sys.executable), options.tests, options.timeout)
+    workshop = Workshop(options.build.replace("{python}", sys.executable), options.tests)
+    started = time.monotonic()
     verdict, why = workshop.verdict()
     if verdict != "survived":
         sys.exit(f"the unchanged kernels do not pass: {verdict} {why}")
+    workshop.limit = 60 + 2 * (time.monotonic() - started)
     listed = listed_survivors()
     counts: Counter[str] = Counter()
-    bad, seen = 0, set()
+    bad = 0
     for mutant in chosen:
         text = texts[mutant.file]
         file, before, after = key = mutant.key(text)
-        seen.add(key)
         target = TREE / file
         started = time.monotonic()
         try:
