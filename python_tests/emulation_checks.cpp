@@ -18,7 +18,8 @@ std::vector<float> random_numbers(std::size_t count, unsigned seed) {
   return numbers;
 }
 
-// ---- threads and blocks --------------------------------------------------------------------------
+// ---- threads and blocks
+// --------------------------------------------------------------------------
 __global__ void number_kernel(int* visits) {
   const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
@@ -33,7 +34,8 @@ void every_thread_of_every_block_runs_once() {
   run(number_kernel, dim3(2, 0, 4), dim3(5, 3, 7), 0, static_cast<int*>(nullptr));  // empty
 }
 
-// ---- shared memory -------------------------------------------------------------------------------
+// ---- shared memory
+// -------------------------------------------------------------------------------
 constexpr int kThreads = 96;
 
 template <class T>
@@ -74,7 +76,8 @@ void shared_memory_is_the_blocks_own_and_starts_poisoned() {
   check_reverse_block<int>();
 }
 
-// ---- shuffles ------------------------------------------------------------------------------------
+// ---- shuffles
+// ------------------------------------------------------------------------------------
 template <class T>
 __global__ void shuffle_kernel(T* out) {
   const int lane = threadIdx.x;
@@ -157,7 +160,8 @@ void returned_threads_hold_up_no_barrier() {
   expect(sum == expected, "the block's sum");
 }
 
-// ---- asynchronous copies -------------------------------------------------------------------------
+// ---- asynchronous copies
+// -------------------------------------------------------------------------
 __global__ void pipeline_kernel(const float* in, float* out, int rows, int valid_rows) {
   float* tile = dynamic_shared<float>();  // [2, 32, 4]
   const int i = threadIdx.x;
@@ -223,8 +227,9 @@ void targets_of_copies_in_flight_hold_poison() {
   }
 }
 
-// ---- matrix fragments ----------------------------------------------------------------------------
-// Four 8 x 8 matrices, each element its own number, rows 48 bytes apart.
+// ---- matrix fragments
+// ---------------------------------------------------------------------------- Four 8 x 8 matrices,
+// each element its own number, rows 48 bytes apart.
 template <int kMatrices, bool kTransposed>
 __global__ void matrices_kernel(uint32_t* out) {
   __shared__ __align__(16) uint16_t rows[32][24];
@@ -268,9 +273,7 @@ void matrices_load_by_rows_and_transposed() {
 template <class T>
 __global__ void mma_kernel(const T* a, const T* b, const float* c, float* d) {  // [16, 16], [16, 8]
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;
-  const auto pair = [](T low, T high) {
-    return low.bits | static_cast<uint32_t>(high.bits) << 16;
-  };
+  const auto pair = [](T low, T high) { return low.bits | static_cast<uint32_t>(high.bits) << 16; };
   uint32_t fa[4], fb[2];
   for (int i = 0; i < 8; i += 2) {
     const int row = i < 2 || (i >= 4 && i < 6) ? g : g + 8, k = t * 2 + (i < 4 ? 0 : 8);

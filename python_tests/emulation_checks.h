@@ -1,5 +1,5 @@
-// What emulation_checks.cpp and emulation_faults.cpp share: PROGRAM NAME runs one check and says "ok",
-// or what the emulation or a comparison had to say; without a name it lists them.
+// What emulation_checks.cpp and emulation_faults.cpp share: PROGRAM NAME runs one check and says
+// "ok", or what the emulation or a comparison had to say; without a name it lists them.
 #pragma once
 
 #define C2C_EMULATE

@@ -1,7 +1,7 @@
 // Wrong kernels, each with what test_emulation.py expects the emulation to notice.
-#include "emulation_checks.h"
-
 #include <vector>
+
+#include "emulation_checks.h"
 
 namespace {
 
@@ -9,8 +9,9 @@ using namespace c2c;
 
 constexpr int kThreads = 96;
 
-// ---- what is missing shows in the result ---------------------------------------------------------
-// Thread i reads what thread i + step wrote.
+// ---- what is missing shows in the result
+// --------------------------------------------------------- Thread i reads what thread i + step
+// wrote.
 __global__ void neighbour_kernel(int step, bool barrier, float* out) {
   __shared__ float values[kThreads];
   const int i = threadIdx.x;
@@ -93,29 +94,19 @@ void a_result_that_depends_on_the_order_of_blocks() {
   expect(last == 3, "the last block");
 }
 
-// ---- what is an error ----------------------------------------------------------------------------
+// ---- what is an error
+// ----------------------------------------------------------------------------
 __global__ void write_kernel(int at) { dynamic_shared<float>()[at] = 0.f; }
 
 void overrun_of_dynamic_shared_memory() { run(write_kernel, 1, 1, 7 * sizeof(float), 7); }
 void underrun_of_dynamic_shared_memory() { run(write_kernel, 1, 1, 7 * sizeof(float), -1); }
 
-// Only a sanitizer sees these two.
+// Only a sanitizer sees this one.
 __global__ void read_kernel(int at, float* out) { *out = dynamic_shared<float>()[at]; }
-__global__ void static_kernel(int at, float* out) {
-  __shared__ float values[5];
-  values[at] = 1.f;
-  *out = values[0];
-}
-
 void read_behind_dynamic_shared_memory() {
   float out;
   run(read_kernel, 1, 1, 7 * sizeof(float), 7, &out);
 }
-void write_behind_static_shared_memory() {
-  float out;
-  run(static_kernel, 1, 1, 0, 5, &out);
-}
-
 __global__ void divergent_kernel() {
   if (threadIdx.x < 32) {
     __syncthreads();  // the first barrier
@@ -182,8 +173,8 @@ __global__ void copy_kernel(const float* in, float* out, int from, int to) {
 }
 void check_copy(int from, int to, bool to_global = false) {
   std::vector<float> in(16), out(16);
-  run(copy_kernel, 1, 1, 64, static_cast<const float*>(in.data()),
-      to_global ? out.data() : nullptr, from, to);
+  run(copy_kernel, 1, 1, 64, static_cast<const float*>(in.data()), to_global ? out.data() : nullptr,
+      from, to);
 }
 void copy_from_a_misaligned_address() { check_copy(1, 0); }
 void copy_to_a_misaligned_address() { check_copy(0, 2); }
@@ -202,7 +193,8 @@ void too_many_threads() { run(empty_kernel, 1, dim3(32, 33), 0); }
 void too_many_blocks() { run(empty_kernel, dim3(1, 65536), 1, 0); }
 void too_much_shared_memory() { run(empty_kernel, 1, 1, kMaxDynamicShared + 1); }
 
-// ---- after an error ------------------------------------------------------------------------------
+// ---- after an error
+// ------------------------------------------------------------------------------
 int unwound = 0;
 struct Unwinding {
   ~Unwinding() { ++unwound; }
@@ -255,7 +247,6 @@ int main(int argc, char** argv) {
                        CHECK(overrun_of_dynamic_shared_memory),
                        CHECK(underrun_of_dynamic_shared_memory),
                        CHECK(read_behind_dynamic_shared_memory),
-                       CHECK(write_behind_static_shared_memory),
                        CHECK(divergent_barrier),
                        CHECK(barrier_that_one_lane_reaches),
                        CHECK(shuffles_that_do_not_meet),

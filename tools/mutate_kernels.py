@@ -1,14 +1,14 @@
-"""Would the tests notice a wrong kernel? Changes kernels one place at a time and runs them, emulated.
+"""Would the tests notice a wrong kernel? Changes emulated kernels one place at a time.
 
 usage: python tools/mutate_kernels.py [OPTION...] SOURCE... [-- PYTEST ARGUMENT...]
-       e.g. python tools/mutate_kernels.py csrc/cuda/row_kernels.cu -- python_tests/test_cuda_emulated.py
+       e.g. python tools/mutate_kernels.py csrc/cuda/x.cu -- python_tests/test_cuda_emulated.py
 
-Each mutant lacks one `__syncthreads()`, `__syncwarp()` or `cp_async_wait<>()`, waits for one group of
-copies less, or has one comparison shifted by one, up or down. It is built and tested in a copy of
-the tree (build/mutants), with the emulation's threads in both orders. A mutant is caught if a test
-fails, crashes or takes too long; one that does not compile counts apart. Survivors have to be in
-tools/surviving_mutants.json, each with the reason why no test can tell it from the original. Ends
-with 1 if another one survives, or if a listed one was caught or is no longer there.
+Each mutant lacks one `__syncthreads()`, `__syncwarp()` or `cp_async_wait<>()`, waits for one group
+of copies less, or has one comparison shifted by one, up or down. It is built and tested in a copy
+of the tree (build/mutants), with the emulation's threads in both orders. A mutant is caught if a
+test fails, crashes or takes too long; one that does not compile counts apart. Survivors have to be
+in tools/surviving_mutants.json, each with the reason why no test can tell it from the original.
+Ends with 1 if another one survives, or if a listed one was caught or is no longer there.
 """
 
 from __future__ import annotations
@@ -168,9 +168,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sources", nargs="+", help="kernel sources, relative to the root")
-    parser.add_argument("--build", default=BUILD, help="shell command that builds the copy; '': none")
+    parser.add_argument("--build", default=BUILD, help="shell command for the copy; '': none")
     parser.add_argument("--kinds", default="barrier,groups,looser,stricter", help="which changes")
-    parser.add_argument("--lines", default="", help="only lines that this regular expression finds")
+    parser.add_argument("--lines", default="", help="only lines where this regex matches")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     tests: list[str] = []
     if "--" in arguments:

@@ -11,7 +11,6 @@ root=$PWD build=$PWD/build/sanitize tree=$PWD/build/sanitize/tree
 export PATH="$(dirname "$python"):$PATH"
 cxx=${CXX:-g++}
 flags="-g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-flags="$flags -fsanitize-sections=c2c_shared"  # margins around emulated static __shared__ arrays
 preload=
 for library in libasan.so libubsan.so libstdc++.so; do
   file=$("$cxx" -print-file-name=$library)
@@ -85,10 +84,9 @@ for order in forward reverse; do
     emulated $order $program "$check" || { echo "sanitize: $check failed, $order" >&2; exit 1; }
   done
   for check in overrun_of_dynamic_shared_memory underrun_of_dynamic_shared_memory \
-    read_behind_dynamic_shared_memory write_behind_static_shared_memory; do
+    read_behind_dynamic_shared_memory; do
     emulated $order emulation_faults $check >"$build/fault.log" || true
-    grep -qE "ERROR: AddressSanitizer: (use-after-poison|global-buffer-overflow)" \
-      "$build/fault.log" || { echo "sanitize: '$check' went through" >&2; exit 1; }
+    grep -q "ERROR: AddressSanitizer: use-after-poison" "$build/fault.log" || { echo "sanitize: '$check' went through" >&2; exit 1; }
   done
 done
 

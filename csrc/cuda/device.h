@@ -1,5 +1,5 @@
-// What a kernel may use besides plain C++ and scalar_math.h. The same kernel source compiles for GPUs
-// (nvcc, sm_80 upward) and, with C2C_EMULATE, as plain C++ that runs on the CPU (emulation.h).
+// What a kernel may use besides plain C++ and scalar_math.h. The same kernel source compiles for
+// GPUs (nvcc, sm_80 upward) and, with C2C_EMULATE, as plain C++ that runs on the CPU (emulation.h).
 //
 // CUDA's own names: __global__ __device__ __host__ __forceinline__ __launch_bounds__ __align__
 //   __grid_constant__ __shared__ (static arrays only), dim3, int2 int4 uint2 uint4 float2 float4,
@@ -108,9 +108,9 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
 
 // d += a b; a is [16, k] row-major, b [k, 8] column-major, d [16, 8]. With g = lane / 4 and
 // t = lane % 4, a register of 16-bit elements holds two neighbours in k, the first in the low half:
-//   a[0..3]  rows g, g + 8, g, g + 8; k from 2 t, 2 t, 2 t + 8, 2 t + 8     (tf32: k = t, t, t + 4, ..)
-//   b[0..1]  column g; k from 2 t, 2 t + 8                                  (tf32: k = t, t + 4)
-//   d[0..3]  rows g, g, g + 8, g + 8; columns 2 t, 2 t + 1, 2 t, 2 t + 1
+//   a[0..3]  rows g, g + 8, g, g + 8; k from 2 t, 2 t, 2 t + 8, 2 t + 8     (tf32: k = t, t, t + 4,
+//   ..) b[0..1]  column g; k from 2 t, 2 t + 8                                  (tf32: k = t, t +
+//   4) d[0..3]  rows g, g, g + 8, g + 8; columns 2 t, 2 t + 1, 2 t, 2 t + 1
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2], Bfloat16) {
   asm volatile(

@@ -1,8 +1,8 @@
 // The CPU's half of device.h (C2C_EMULATE): CUDA's names, and the same functions with the meaning
-// that the CUDA programming guide and the PTX ISA give them. Stricter than a GPU where a fault would
-// otherwise stay unseen: shared memory and the targets of copies in flight hold NaNs, misaligned or
-// wrong addresses, barriers and warp operations that do not meet are errors. Build with
-// -fno-strict-aliasing, for kernels read memory as wider types, and -Wno-unknown-pragmas.
+// that the CUDA programming guide and the PTX ISA give them. Stricter than a GPU where a fault
+// would otherwise stay unseen: shared memory and the targets of copies in flight hold NaNs,
+// misaligned or wrong addresses, barriers and warp operations that do not meet are errors. Build
+// with -fno-strict-aliasing, for kernels read memory as wider types, and -Wno-unknown-pragmas.
 #pragma once
 
 #include <cstddef>
@@ -61,25 +61,24 @@ T exchange(const char* what, uint32_t lanes, T value, int source, Place place) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8),
                 "shuffles take numbers of 4 or 8 bytes");
   Exchange<T> own{value, source, T()};
-  Runner::get().warp_operation(
-      what, lanes, place, &own, [](void* const* operands, uint32_t lanes) {
-        for (int lane = 0; lane < 32; ++lane) {
-          if (!(lanes >> lane & 1u)) continue;
-          auto& to = *static_cast<Exchange<T>*>(operands[lane]);
-          std::memset(&to.result, kPoison, sizeof(T));
-          if (lanes >> to.source & 1u) {
-            to.result = static_cast<const Exchange<T>*>(operands[to.source])->value;
-          }
-        }
-      });
+  Runner::get().warp_operation(what, lanes, place, &own, [](void* const* operands, uint32_t lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+      if (!(lanes >> lane & 1u)) continue;
+      auto& to = *static_cast<Exchange<T>*>(operands[lane]);
+      std::memset(&to.result, kPoison, sizeof(T));
+      if (lanes >> to.source & 1u) {
+        to.result = static_cast<const Exchange<T>*>(operands[to.source])->value;
+      }
+    }
+  });
   return own.result;
 }
 
 inline int checked_width(const char* what, int width, Place place) {
   if (width < 1 || width > 32 || (width & (width - 1)) != 0) {
-    Runner::get().fail(std::string(what) + ": width must be 1, 2, 4, 8, 16 or 32, got " +
-                           std::to_string(width),
-                       place);
+    Runner::get().fail(
+        std::string(what) + ": width must be 1, 2, 4, 8, 16 or 32, got " + std::to_string(width),
+        place);
   }
   return width;
 }

@@ -1,8 +1,8 @@
-// Runs the blocks of an emulated launch, one after the other. A block's threads are fibers: one runs
-// until it waits (barrier, warp operation) or returns, then the first one in order that can run
-// does. So a thread is as far ahead of, or behind, the others as barriers allow; with the opposite
-// order (C2C_EMULATE_ORDER=reverse) each pair of threads is seen both ways round. Shared memory holds
-// NaNs before each block.
+// Runs the blocks of an emulated launch, one after the other. A block's threads are fibers: one
+// runs until it waits (barrier, warp operation) or returns, then the first one in order that can
+// run does. So a thread is as far ahead of, or behind, the others as barriers allow; with the
+// opposite order (C2C_EMULATE_ORDER=reverse) each pair of threads is seen both ways round. Shared
+// memory holds NaNs before each block.
 #pragma once
 
 #include <array>
@@ -113,7 +113,9 @@ class Runner {
     name_ = name;
     kernel_ = &kernel;
     SharedMemory shared(shared_bytes);
+    StaticShared static_shared;
     shared_ = &shared;
+    static_shared_ = &static_shared;
     count_ = static_cast<int>(count);
     while (threads_.size() < count) threads_.push_back(std::make_unique<Thread>());
     blockDim = block;
@@ -132,7 +134,7 @@ class Runner {
   int lane() const { return running_->number % 32; }
   unsigned char* dynamic_shared() const { return shared_->data(); }
   bool is_shared(const void* p, std::size_t bytes) const {
-    return shared_->holds(p, bytes) || in_static_shared(p, bytes);
+    return shared_->holds(p, bytes) || static_shared_->holds(p, bytes);
   }
 
   [[noreturn]] void fail(const std::string& why, Place place) const {
@@ -161,11 +163,12 @@ class Runner {
   }
 
  private:
-  struct Cancelled {};  // unwinds a thread's kernel after another's error
+  struct Cancelled {};                     // unwinds a thread's kernel after another's error
   using Masks = std::array<uint32_t, 32>;  // lanes, per warp
 
   static std::string text(const dim3& v) {
-    return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+    return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) +
+           ")";
   }
   static std::string text(const uint3& v) { return text(dim3(v.x, v.y, v.z)); }
   std::string where() const {
@@ -184,7 +187,7 @@ class Runner {
   // ---- scheduling ------------------------------------------------------------------------------
   void run_block() {
     shared_->poison();
-    poison_static_shared();
+    static_shared_->poison();
     error_ = nullptr;
     ready_ = alive_ = in_warp_operation_ = {};
     ready_warps_ = 0;
@@ -354,6 +357,7 @@ class Runner {
   std::string name_;
   const std::function<void()>* kernel_ = nullptr;
   SharedMemory* shared_ = nullptr;
+  StaticShared* static_shared_ = nullptr;
   Thread* running_ = nullptr;
   bool reverse_ = false;
   int count_ = 0, live_ = 0, at_barrier_ = 0;

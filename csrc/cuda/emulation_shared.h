@@ -1,31 +1,26 @@
 // The shared memory of emulated blocks: what overruns it, or is read before it was written, shows.
 #pragma once
 
+#include <link.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 
 #include "emulation_fiber.h"  // C2C_ADDRESS_SANITIZER
 
-// Static __shared__ arrays lie in one section, so that they can be filled before a block. GCC refuses
-// to put those of external templates beside others: kernels belong into an unnamed namespace.
-#define __shared__ static __attribute__((section("c2c_shared")))
-extern "C" {
-extern unsigned char __start_c2c_shared[] __attribute__((visibility("hidden")));
-extern unsigned char __stop_c2c_shared[] __attribute__((visibility("hidden")));
-}
+// Static arrays become thread-local ones: those of a library lie side by side and can be found,
+// which a section of their own does not achieve in templates (GCC 12). A library of kernels must
+// therefore have no other thread-local variable.
+#define __shared__ static thread_local
 
 namespace c2c {
 namespace emulation {
 
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
-
-namespace {
-// So that there is such a section, with or without an array.
-__attribute__((section("c2c_shared"), used)) unsigned char section_holder;
-}  // namespace
 
 inline bool within(const void* p, std::size_t bytes, const void* begin, std::size_t size) {
   const auto at = reinterpret_cast<std::uintptr_t>(p);
@@ -33,24 +28,36 @@ inline bool within(const void* p, std::size_t bytes, const void* begin, std::siz
   return at >= first && bytes <= size && at - first <= size - bytes;
 }
 
-// ---- static arrays, those of all kernels -------------------------------------------------------
-inline std::size_t static_shared_bytes() {
-  return static_cast<std::size_t>(__stop_c2c_shared - __start_c2c_shared);
-}
-inline bool in_static_shared(const void* p, std::size_t bytes) {
-  return within(p, bytes, __start_c2c_shared, static_shared_bytes());
-}
-#if defined(C2C_ADDRESS_SANITIZER)
-// Between the arrays may lie margins that memset must not touch (-fsanitize-sections=c2c_shared).
-__attribute__((no_sanitize("address"))) inline void poison_static_shared() {
-  volatile unsigned char* bytes = __start_c2c_shared;
-  for (std::size_t i = 0, n = static_shared_bytes(); i < n; ++i) bytes[i] = kPoison;
-}
-#else
-inline void poison_static_shared() {
-  std::memset(__start_c2c_shared, kPoison, static_shared_bytes());
-}
-#endif
+// The static arrays of all kernels, of this thread of the host.
+class StaticShared {
+ public:
+  StaticShared() {
+    static thread_local unsigned char one_of_them;
+    one_of_them_ = &one_of_them;
+    dl_iterate_phdr(&StaticShared::look_at_library, this);
+    if (!begin_) throw std::runtime_error("c2c_ext emulation: found no thread-local variables");
+  }
+  bool holds(const void* p, std::size_t bytes) const { return within(p, bytes, begin_, bytes_); }
+  void poison() { std::memset(begin_, kPoison, bytes_); }
+
+ private:
+  static int look_at_library(dl_phdr_info* info, std::size_t, void* self) {
+    auto& found = *static_cast<StaticShared*>(self);
+    for (int i = 0; i < info->dlpi_phnum; ++i) {
+      const auto& part = info->dlpi_phdr[i];
+      if (part.p_type == PT_TLS && info->dlpi_tls_data &&
+          within(found.one_of_them_, 1, info->dlpi_tls_data, part.p_memsz)) {
+        found.begin_ = info->dlpi_tls_data;
+        found.bytes_ = part.p_memsz;
+        return 1;
+      }
+    }
+    return 0;
+  }
+  const void* one_of_them_;
+  void* begin_ = nullptr;
+  std::size_t bytes_ = 0;
+};
 
 // The block's dynamic shared memory, with a margin on both sides that nobody may touch.
 class SharedMemory {
