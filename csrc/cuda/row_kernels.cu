@@ -1,0 +1,423 @@
+// The CUDA kernels between the matrix products (see row_kernels.h): a block of threads per row and
+// stream, 16 bytes an access where addresses allow it.
+#include "row_kernels.h"
+
+#include <type_traits>
+
+namespace c2c::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 128;
+constexpr int kHeadRows = 4;  // rows that one read of a head's weights serves
+
+// The type that values of C are summed in.
+template <class C>
+using Sums = std::conditional_t<std::is_same_v<C, double>, double, float>;
+
+// Neighbours that are loaded or stored at once, in accesses of up to 16 bytes.
+template <class C, int kCount>
+struct alignas(kCount * sizeof(C) < 16 ? kCount * sizeof(C) : 16) Pack {
+  C x[kCount];
+};
+
+template <class C>
+constexpr int kPack = static_cast<int>(16 / sizeof(C));
+
+template <class C, int kCount>
+__device__ bool aligned(const C* p) {
+  return reinterpret_cast<uintptr_t>(p) % alignof(Pack<C, kCount>) == 0;
+}
+
+template <int kCount, class C>
+__device__ Pack<C, kCount> load(const C* from) {
+  return *reinterpret_cast<const Pack<C, kCount>*>(from);
+}
+
+template <int kCount, class C>
+__device__ void store(const Pack<C, kCount>& pack, C* to) {
+  *reinterpret_cast<Pack<C, kCount>*>(to) = pack;
+}
+
+// Calls f(column, integral constant: how many from there on) for the columns that fall to `thread`
+// of `threads`: packs first where all rows are aligned for them, then what is left one by one.
+template <int kCount, class F>
+__device__ void for_columns(int64_t cols, bool packed, int thread, int threads, const F& f) {
+  const int64_t packs_end = packed ? cols / kCount * kCount : 0;
+  for (int64_t i = int64_t{thread} * kCount; i < packs_end; i += int64_t{threads} * kCount) {
+    f(i, std::integral_constant<int, kCount>{});
+  }
+  for (int64_t i = packs_end + thread; i < cols; i += threads) {
+    f(i, std::integral_constant<int, 1>{});
+  }
+}
+
+template <int kCount, class F>
+__device__ void for_columns(int64_t cols, bool packed, const F& f) {
+  for_columns<kCount>(cols, packed, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), f);
+}
+
+// Row blockIdx.x of stream blockIdx.y, or `skip` rows further.
+template <class C>
+__device__ C* row_of(const Matrices& m, int64_t row) {
+  return static_cast<C*>(m.data) + blockIdx.y * m.stream_stride + row * m.row_stride;
+}
+
+__device__ float other_lane(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
+__device__ double other_lane(double v, int mask) {
+  struct Halves {
+    uint32_t low, high;
+  };
+  const Halves mine = bit_cast<Halves>(v);
+  return bit_cast<double>(
+      Halves{__shfl_xor_sync(~0u, mine.low, mask), __shfl_xor_sync(~0u, mine.high, mask)});
+}
+
+template <class T>
+__device__ T warp_sum(T v) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) v += other_lane(v, mask);
+  return v;
+}
+
+// The sum over the block's threads, in every thread. Once per kernel: the shared array is not
+// guarded against a second use.
+template <class T>
+__device__ T block_sum(T v) {
+  __shared__ T partial[kMaxThreads / kWarp];
+  v = warp_sum(v);
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = v;
+  __syncthreads();
+  T sum = 0;
+  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) sum += partial[warp];
+  return sum;
+}
+
+// A receiver token and the sharer token that it is fused with.
+struct Place {
+  int64_t batch, token, source;  // source -1: the token stays
+};
+
+__device__ Place place_of(const Tokens& t, int64_t row) {
+  Place place{row / t.tokens, row % t.tokens, 0};
+  place.source = t.map == nullptr
+                     ? place.token
+                     : t.map[place.batch * t.batch_stride + place.token * t.token_stride];
+  if (place.source < 0 || place.source >= t.sharer_tokens) place.source = -1;
+  return place;
+}
+
+// One token of a cache: channel d of head h is at data[h * head_stride + d * channel_stride].
+template <class C>
+struct Token {
+  C* data;
+  int64_t head_stride, channel_stride;
+  unsigned dim;
+
+  // A pack lies inside one head and is aligned in all of them.
+  __device__ bool packed() const {
+    return channel_stride == 1 && dim % kPack<C> == 0 && head_stride % kPack<C> == 0 &&
+           aligned<C, kPack<C>>(data);
+  }
+  __device__ unsigned head(int64_t i) const { return static_cast<unsigned>(i) / dim; }
+  __device__ C* at(int64_t i) const {  // i counts the channels of all heads
+    const unsigned h = head(i);
+    return data + h * head_stride + (i - int64_t{h} * dim) * channel_stride;
+  }
+};
+
+template <class C>
+__device__ Token<C> token_of(const CacheView& view, HeadShape shape, int64_t batch, int64_t token) {
+  C* data = static_cast<C*>(const_cast<void*>(view.data));
+  return {data + batch * view.stride[0] + token * view.stride[2], view.stride[1], view.stride[3],
+          static_cast<unsigned>(shape.dim)};
+}
+
+template <class C>
+__device__ void copy_token(const Token<C>& from, int64_t width, C* to) {
+  const bool packed = from.packed() && aligned<C, kPack<C>>(to);
+  for_columns<kPack<C>>(width, packed, [&](int64_t i, auto count) {
+    store(load<decltype(count)::value>(from.at(i)), to + i);
+  });
+}
+
+template <class C>
+__global__ void __launch_bounds__(kMaxThreads)
+    gather_kernel(Streams streams, HeadShape sharer, HeadShape receiver, Tokens tokens,
+                  int64_t first_row, Matrices c) {
+  const StreamViews& view = streams.view[blockIdx.y];
+  const Place place = place_of(tokens, first_row + blockIdx.x);
+  const int64_t sharer_width = int64_t{sharer.heads} * sharer.dim;
+  const int64_t receiver_width = int64_t{receiver.heads} * receiver.dim;
+  C* to = row_of<C>(c, blockIdx.x);
+  if (place.source < 0) {
+    const bool packed = aligned<C, kPack<C>>(to);
+    for_columns<kPack<C>>(sharer_width + receiver_width, packed, [&](int64_t i, auto count) {
+      store(Pack<C, decltype(count)::value>{}, to + i);
+    });
+    return;
+  }
+  copy_token(token_of<C>(view.sharer, sharer, place.batch, place.source), sharer_width, to);
+  copy_token(token_of<C>(view.base, receiver, place.batch, place.token), receiver_width,
+             to + sharer_width);
+}
+
+// z = z_in + add, where add is a bias (row stride 0) or a residual, and z's norm.
+template <class C, class A>
+__global__ void __launch_bounds__(kMaxThreads)
+    add_stats_kernel(int64_t cols, Matrices z_in, Matrices add, Matrices z, Matrices normed) {
+  using T = Sums<C>;
+  const C* x = row_of<C>(z_in, blockIdx.x);
+  const A* a = row_of<A>(add, blockIdx.x);
+  C* to = row_of<C>(z, blockIdx.x);
+  const bool norm = normed.data != nullptr;
+  C* n = norm ? row_of<C>(normed, blockIdx.x) : to;
+  const bool packed = aligned<C, kPack<C>>(x) && aligned<A, kPack<C>>(a) &&
+                      aligned<C, kPack<C>>(to) && aligned<C, kPack<C>>(n);
+  T squares = 0;
+  for_columns<kPack<C>>(cols, packed, [&](int64_t i, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    const auto left = load<kCount>(x + i);
+    const auto right = load<kCount>(a + i);
+    Pack<C, kCount> sum;
+    for (int k = 0; k < kCount; ++k) {
+      narrow(widen(left.x[k]) + widen(right.x[k]), &sum.x[k]);
+      const T rounded = widen(sum.x[k]);
+      squares += rounded * rounded;
+    }
+    store(sum, to + i);
+  });
+  if (!norm) return;
+  // Every thread reads the very columns that it has just written.
+  const T mean = block_sum(squares) / static_cast<T>(cols);
+  const T scale = T(1) / std::sqrt(mean + static_cast<T>(kRmsEps));
+  for_columns<kPack<C>>(cols, packed, [&](int64_t i, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    auto pack = load<kCount>(static_cast<const C*>(to) + i);
+    for (int k = 0; k < kCount; ++k) narrow(widen(pack.x[k]) * scale, &pack.x[k]);
+    store(pack, n + i);
+  });
+}
+
+template <Activation kActivation, class C>
+__device__ void activate_row(const C* x, C* to, int64_t cols) {
+  const bool packed = aligned<C, kPack<C>>(x) && aligned<C, kPack<C>>(to);
+  for_columns<kPack<C>>(cols, packed, [&](int64_t i, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    auto pack = load<kCount>(x + i);
+    for (int k = 0; k < kCount; ++k) narrow(activate<kActivation>(widen(pack.x[k])), &pack.x[k]);
+    store(pack, to + i);
+  });
+}
+
+template <Activation kActivation, class C>
+__global__ void __launch_bounds__(kMaxThreads)
+    activate_kernel(Matrices x, int64_t first_cols, Matrices first, int64_t second_cols,
+                    Matrices second) {
+  const C* from = row_of<C>(x, blockIdx.x);
+  activate_row<kActivation>(from, row_of<C>(first, blockIdx.x), first_cols);
+  if (second_cols > 0) {
+    activate_row<kActivation>(from + first_cols, row_of<C>(second, blockIdx.x), second_cols);
+  }
+}
+
+// A block per kHeadRows rows, a warp per head.
+template <class C>
+__global__ void __launch_bounds__(kMaxThreads)
+    head_kernel(int64_t rows, int64_t cols, int heads, Matrices x, const Sums<C>* weight,
+                Matrices logits) {
+  using T = Sums<C>;
+  constexpr int kCount = static_cast<int>(16 / sizeof(T));
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t first = int64_t{blockIdx.x} * kHeadRows;
+  const C* row[kHeadRows];
+  bool rows_aligned = true;
+  for (int r = 0; r < kHeadRows; ++r) {  // past the end, the last one again: read, never written
+    row[r] = row_of<C>(x, first + r < rows ? first + r : rows - 1);
+    rows_aligned = rows_aligned && aligned<C, kCount>(row[r]);
+  }
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  for (int head = static_cast<int>(threadIdx.x) / kWarp; head < heads; head += warps) {
+    const T* w = weight + (int64_t{blockIdx.y} * heads + head) * cols;
+    T sums[kHeadRows] = {};
+    const bool packed = rows_aligned && aligned<T, kCount>(w);
+    for_columns<kCount>(cols, packed, lane, kWarp, [&](int64_t i, auto count) {
+      constexpr int kWidth = decltype(count)::value;
+      const auto factors = load<kWidth>(w + i);
+      for (int r = 0; r < kHeadRows; ++r) {
+        const auto values = load<kWidth>(row[r] + i);
+        for (int k = 0; k < kWidth; ++k) sums[r] += factors.x[k] * widen(values.x[k]);
+      }
+    });
+    for (int r = 0; r < kHeadRows; ++r) {
+      const T sum = warp_sum(sums[r]);
+      if (lane == 0 && first + r < rows) row_of<T>(logits, first + r)[head] = sum;
+    }
+  }
+}
+
+template <Integration kIntegration, class C>
+__global__ void __launch_bounds__(kMaxThreads)
+    combine_kernel(Streams streams, HeadShape receiver, Tokens tokens, int64_t first_row,
+                   Matrices projected, const Sums<C>* bias, Matrices logits,
+                   const Sums<C>* head_bias, bool accumulate) {
+  using T = Sums<C>;
+  const StreamViews& view = streams.view[blockIdx.y];
+  const Place place = place_of(tokens, first_row + blockIdx.x);
+  const int64_t width = int64_t{receiver.heads} * receiver.dim;
+  const Token<C> base = token_of<C>(view.base, receiver, place.batch, place.token);
+  const Token<C> out = token_of<C>(view.out, receiver, place.batch, place.token);
+  const bool caches_packed = base.packed() && out.packed();
+  if (place.source < 0) {
+    if (accumulate || base.data == out.data) return;
+    for_columns<kPack<C>>(width, caches_packed, [&](int64_t i, auto count) {
+      store(load<decltype(count)::value>(base.at(i)), out.at(i));
+    });
+    return;
+  }
+  const C* p = row_of<C>(projected, blockIdx.x);
+  const T* b = bias + blockIdx.y * width;
+  const T* head_logits = logits.data == nullptr ? nullptr : row_of<T>(logits, blockIdx.x);
+  const T* head_b = head_bias + int64_t{blockIdx.y} * receiver.heads;
+  const bool packed = caches_packed && aligned<C, kPack<C>>(p) && aligned<T, kPack<C>>(b);
+  for_columns<kPack<C>>(width, packed, [&](int64_t i, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    const unsigned head = base.head(i);
+    const T w = head_logits == nullptr ? T(1) : sigmoid(head_logits[head] + head_b[head]);
+    const auto before = load<kCount>(base.at(i));
+    const auto from = accumulate ? load<kCount>(out.at(i)) : before;
+    const auto values = load<kCount>(p + i);
+    const auto biases = load<kCount>(b + i);
+    Pack<C, kCount> fused;
+    for (int k = 0; k < kCount; ++k) {
+      const T projection = widen(values.x[k]) + biases.x[k];
+      narrow(integrate<kIntegration, T>(widen(from.x[k]), widen(before.x[k]), w, projection,
+                                        accumulate),
+             &fused.x[k]);
+    }
+    store(fused, out.at(i));
+  });
+}
+
+// Calls f(C{}) with the C++ type of the caches.
+template <class F>
+void with_type(CacheType type, const F& f) {
+  switch (type) {
+    case CacheType::kFloat64:
+      return f(double{});
+    case CacheType::kFloat32:
+      return f(float{});
+    case CacheType::kBfloat16:
+      return f(Bfloat16{});
+    case CacheType::kFloat16:
+      return f(Float16{});
+  }
+}
+
+dim3 grid_of(const Block& block, int64_t rows_per_block = 1) {
+  return dim3(static_cast<unsigned>((block.rows + rows_per_block - 1) / rows_per_block),
+              static_cast<unsigned>(block.streams));
+}
+
+// Whole warps, and no more than have a pack to do.
+template <class C>
+dim3 threads_of(int64_t cols) {
+  const int64_t per_warp = kWarp * kPack<C>;
+  const int64_t warps = (cols + per_warp - 1) / per_warp;
+  return dim3(warps >= kMaxThreads / kWarp ? kMaxThreads : static_cast<unsigned>(warps) * kWarp);
+}
+
+template <class C, class A>
+void launch_add_stats(const char* name, const Block& block, int64_t cols, const Matrices& z_in,
+                      const Matrices& add, const Matrices& z, const Matrices& normed,
+                      cudaStream_t stream) {
+  launch(name, add_stats_kernel<C, A>, grid_of(block), threads_of<C>(cols), 0, stream, cols, z_in,
+         add, z, normed);
+}
+
+}  // namespace
+
+void launch_gather(CacheType type, const Block& block, const Streams& streams, HeadShape sharer,
+                   HeadShape receiver, const Tokens& tokens, const Matrices& c,
+                   cudaStream_t stream) {
+  const int64_t width =
+      int64_t{sharer.heads} * sharer.dim + int64_t{receiver.heads} * receiver.dim;
+  with_type(type, [&](auto zero) {
+    using C = decltype(zero);
+    launch("gather", gather_kernel<C>, grid_of(block), threads_of<C>(width), 0, stream, streams,
+           sharer, receiver, tokens, block.first_row, c);
+  });
+}
+
+void launch_bias_stats(CacheType type, const Block& block, int64_t cols, const Matrices& z,
+                       const void* bias, const Matrices& normed, cudaStream_t stream) {
+  with_type(type, [&](auto zero) {
+    using C = decltype(zero);
+    const Matrices add{const_cast<void*>(bias), cols, 0};
+    launch_add_stats<C, Sums<C>>("bias_stats", block, cols, z, add, z, normed, stream);
+  });
+}
+
+void launch_residual_stats(CacheType type, const Block& block, int64_t cols, const Matrices& z_in,
+                           const Matrices& delta, const Matrices& z, const Matrices& normed,
+                           cudaStream_t stream) {
+  with_type(type, [&](auto zero) {
+    using C = decltype(zero);
+    launch_add_stats<C, C>("residual_stats", block, cols, z_in, delta, z, normed, stream);
+  });
+}
+
+void launch_activate(CacheType type, Activation activation, const Block& block, const Matrices& x,
+                     int64_t first_cols, const Matrices& first, int64_t second_cols,
+                     const Matrices& second, cudaStream_t stream) {
+  with_type(type, [&](auto zero) {
+    using C = decltype(zero);
+    const auto run = [&](auto kernel) {
+      const int64_t widest = first_cols > second_cols ? first_cols : second_cols;
+      launch("activate", kernel, grid_of(block), threads_of<C>(widest), 0, stream, x, first_cols,
+             first, second_cols, second);
+    };
+    switch (activation) {
+      case Activation::kGelu:
+        return run(&activate_kernel<Activation::kGelu, C>);
+      case Activation::kRelu:
+        return run(&activate_kernel<Activation::kRelu, C>);
+      case Activation::kSilu:
+        return run(&activate_kernel<Activation::kSilu, C>);
+    }
+  });
+}
+
+void launch_head(CacheType type, const Block& block, int64_t cols, int heads, const Matrices& x,
+                 const void* weight, const Matrices& logits, cudaStream_t stream) {
+  with_type(type, [&](auto zero) {
+    using C = decltype(zero);
+    const int warps = heads < kMaxThreads / kWarp ? heads : kMaxThreads / kWarp;
+    launch("head", head_kernel<C>, grid_of(block, kHeadRows),
+           dim3(static_cast<unsigned>(warps * kWarp)), 0, stream, block.rows, cols, heads, x,
+           static_cast<const Sums<C>*>(weight), logits);
+  });
+}
+
+void launch_combine(CacheType type, const Block& block, const Streams& streams, HeadShape receiver,
+                    const Tokens& tokens, const Combine& combine, cudaStream_t stream) {
+  const int64_t width = int64_t{receiver.heads} * receiver.dim;
+  with_type(type, [&](auto zero) {
+    using C = decltype(zero);
+    using T = Sums<C>;
+    const auto run = [&](auto kernel) {
+      launch("combine", kernel, grid_of(block), threads_of<C>(width), 0, stream, streams, receiver,
+             tokens, block.first_row, combine.projected, static_cast<const T*>(combine.bias),
+             combine.logits, static_cast<const T*>(combine.head_bias), combine.accumulate);
+    };
+    switch (combine.integration) {
+      case Integration::kResidual:
+        return run(&combine_kernel<Integration::kResidual, C>);
+      case Integration::kInterpolation:
+        return run(&combine_kernel<Integration::kInterpolation, C>);
+      case Integration::kReplacement:
+        return run(&combine_kernel<Integration::kReplacement, C>);
+    }
+  });
+}
+
+}  // namespace c2c::cuda
