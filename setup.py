@@ -11,6 +11,7 @@ import setuptools
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+VARIABLES = ["C2C_EXT_CUDA_ARCHITECTURES"]  # go to CMake where they are set
 
 
 def find_tool(name: str) -> str:
@@ -47,6 +48,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DC2C_EXT_CUDA={os.environ.get('C2C_EXT_CUDA', 'auto')}",
+            *(f"-D{name}={os.environ[name]}" for name in VARIABLES if name in os.environ),
         )
         cmake("--build", self.cmake_build, "--parallel", os.environ.get("MAX_JOBS", "2"))
         cmake("--install", self.cmake_build, "--prefix", str(target))

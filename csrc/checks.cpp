@@ -6,6 +6,7 @@
 
 #include "cpu/panel_gemm.h"
 #include "ops.h"
+#include "scalar_math.h"
 
 namespace c2c {
 namespace {
@@ -241,8 +242,23 @@ void check_inplace(std::vector<Tensor> keys, std::vector<Tensor> values,
   check_overlaps(keys, values, {}, {}, sharer_keys, sharer_values, nullptr);
 }
 
-FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tensor>& out_values,
-                    const std::vector<Tensor>& base_keys, const std::vector<Tensor>& base_values,
+Activation parse_activation(const std::string& name) {
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "silu") return Activation::kSilu;
+  fail("activation must be gelu, relu or silu, got ", name);
+}
+
+Integration parse_integration(const std::string& name) {
+  if (name == "residual") return Integration::kResidual;
+  if (name == "interpolation") return Integration::kInterpolation;
+  if (name == "replacement") return Integration::kReplacement;
+  fail("integration must be residual, interpolation or replacement, got ", name);
+}
+
+FuseCall check_fuse(Placement placement, const std::vector<Tensor>& out_keys,
+                    const std::vector<Tensor>& out_values, const std::vector<Tensor>& base_keys,
+                    const std::vector<Tensor>& base_values,
                     const std::vector<Tensor>& sharer_keys,
                     const std::vector<Tensor>& sharer_values,
                     const std::optional<Tensor>& token_map, const std::vector<int64_t>& layers,
@@ -318,6 +334,12 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
       dtype != ScalarType::Half) {
     fail(first_name, " must be float64, float32, bfloat16 or float16");
   }
+  // One tensor on a GPU brings the call to the GPU's kernels; all others are compared with the first.
+  const bool on_gpu = placement == Placement::kCuda;
+  if (on_gpu ? !first.is_cuda() : !first.is_cpu()) {
+    fail(first_name, " must be on ", on_gpu ? "a GPU, as another argument is" : "the CPU", ", got ",
+         device_name(first));
+  }
   s.batch = first.size(0);
   s.tokens = first.size(2);
   bool sharer_seen = false;
@@ -379,7 +401,7 @@ FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tenso
   };
   const auto check_matrix = [&](const std::string& name, const Tensor& t, int64_t rows,
                                 int64_t cols) {
-    if (first.is_cpu()) {
+    if (placement == Placement::kCpu) {
       const int64_t pair = dtype == ScalarType::BFloat16 ? 2 : 1;
       const int64_t panel = cpu::kPanel;
       check_weight(name, t, {g, (rows + panel - 1) / panel, (cols + pair - 1) / pair, panel, pair},

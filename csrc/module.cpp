@@ -1,17 +1,27 @@
 // The Python module c2c_ext._C: its import loads libc2c_ext.so, which registers the ops.
 #include <pybind11/pybind11.h>
 
+#include <sstream>
+#include <string>
+
 #include "build_config.h"
 #include "cpu/row_kernels.h"
 
 namespace {
+
+pybind11::list cuda_architectures() {
+  pybind11::list list;
+  std::istringstream entries(C2C_CUDA_ARCHITECTURES);
+  for (std::string entry; std::getline(entries, entry, ';');) list.append(entry);
+  return list;
+}
 
 pybind11::dict build_info() {
   pybind11::dict info;
   info["version"] = C2C_VERSION;
   info["compiler"] = C2C_COMPILER;
   info["flags"] = C2C_FLAGS;
-  info["cuda_architectures"] = pybind11::list();
+  info["cuda_architectures"] = cuda_architectures();
   info["abi_target"] = C2C_ABI_TARGET;
   info["built_with_torch"] = C2C_BUILT_WITH_TORCH;
   info["cpu_instruction_set"] = c2c::cpu::instruction_set();

@@ -12,6 +12,30 @@ namespace c2c {
 
 using torch::stable::Tensor;
 
+enum class Activation;   // scalar_math.h
+enum class Integration;
+
+// Fuses the open streams of one shape group. Reads base, writes out (which may be base itself); the
+// lists hold one tensor per layer of the receiver (out, base) or the sharer. Streams that `layers`
+// does not name are not touched. token_map: int64 [N] or [B, N], sharer token of every receiver
+// token; values outside 0 .. S-1 leave the token as it is.
+constexpr const char* kFuseSchema =
+    "fuse_(Tensor(a!)[] out_keys, Tensor(b!)[] out_values, Tensor[] base_keys, "
+    "Tensor[] base_values, Tensor[] sharer_keys, Tensor[] sharer_values, Tensor? token_map, "
+    "int[] layers, int[] sources, int num_keys, int sharer_heads, int sharer_dim, "
+    "int receiver_heads, int receiver_dim, int inner, bool reads_receiver, Tensor in_weight, "
+    "Tensor in_bias, Tensor w1, "
+    "Tensor w2, Tensor branch_w1, Tensor[] deep_w2, Tensor[] deep_w1, Tensor out_weight, "
+    "Tensor out_bias, Tensor head_weight, Tensor head_bias, str activation, str integration, "
+    "bool accumulate) -> ()";
+
+// Where the tensors of a call have to be, and how the packed matrices lie there.
+enum class Placement {
+  kCpu,      // matrices in panels (cpu/panel_gemm.h)
+  kCuda,     // one GPU, matrices as they are
+  kCpuRows,  // the CPU, matrices as they are: CUDA kernels emulated
+};
+
 // The packed weights of one shape group: G open streams, `num_keys` key streams first. Matrices are
 // in the caches' dtype; on the CPU, [G, n, k] stands for panels [G, n / 16, k / pair, 16, pair],
 // rounded up and filled with zeros (cpu/panel_gemm.h). Biases and the head are float64 for float64
@@ -57,10 +81,15 @@ struct FuseCall {
   FuseSizes sizes;
 };
 
+// Arguments of fuse_ by name; throw std::runtime_error for any other.
+Activation parse_activation(const std::string& name);
+Integration parse_integration(const std::string& name);
+
 // Checks every argument of c2c::fuse_ on the host and resolves streams. Throws std::runtime_error
 // naming the argument, the rule and both numbers.
-FuseCall check_fuse(const std::vector<Tensor>& out_keys, const std::vector<Tensor>& out_values,
-                    const std::vector<Tensor>& base_keys, const std::vector<Tensor>& base_values,
+FuseCall check_fuse(Placement placement, const std::vector<Tensor>& out_keys,
+                    const std::vector<Tensor>& out_values, const std::vector<Tensor>& base_keys,
+                    const std::vector<Tensor>& base_values,
                     const std::vector<Tensor>& sharer_keys,
                     const std::vector<Tensor>& sharer_values,
                     const std::optional<Tensor>& token_map, const std::vector<int64_t>& layers,

@@ -27,7 +27,8 @@ WHEEL_ONLY = {
     "c2c_ext-*.dist-info/licenses/LICENSE",
     "c2c_ext-*.dist-info/top_level.txt",
 }
-WHEEL_OPTIONAL = {"c2c_ext-*.dist-info/sboms/*"}  # newer auditwheels add one
+# Newer auditwheels add the first; the second is there where nvcc was.
+WHEEL_OPTIONAL = {"c2c_ext-*.dist-info/sboms/*", "c2c_ext/libc2c_ext_cuda.so"}
 
 
 def tracked() -> set[str]:

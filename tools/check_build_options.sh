@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Checks what a build says: C2C_EXT_CUDA=1 without nvcc and nonsense are refused, auto without nvcc
-# configures; and whatever is missing or too old is named in one sentence, the output's last line.
+# Checks what a build says: C2C_EXT_CUDA=1 without a working nvcc and nonsense are refused, auto
+# without one configures; and whatever is missing or too old is named in one sentence, the output's last line.
 # usage: tools/check_build_options.sh PYTHON   (a Python that has torch, pybind11, cmake and ninja)
 set -euo pipefail
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
@@ -29,14 +29,17 @@ expect_refusal() { # text, options
 }
 
 expect_refusal "C2C_EXT_CUDA=1 needs nvcc, and none was found" -DC2C_EXT_CUDA=1
-expect_refusal "this version of c2c_ext has no CUDA sources to build" -DC2C_EXT_CUDA=1 \
-  -DC2C_NVCC=/bin/true
+expect_refusal "C2C_EXT_CUDA=1, but /bin/true cannot be used: it cannot compile a kernel" \
+  -DC2C_EXT_CUDA=1 -DC2C_NVCC=/bin/true
+expect_refusal "C2C_EXT_CUDA_ARCHITECTURES must have entries like 80-real, 90a-real or 90-virtual" \
+  -DC2C_EXT_CUDA_ARCHITECTURES=sm_80
 expect_refusal "C2C_EXT_CUDA must be auto, 1 or 0, got 'maybe'" -DC2C_EXT_CUDA=maybe
 expect_refusal "c2c_ext builds on 64-bit Linux only; this is Darwin." -DCMAKE_SYSTEM_NAME=Darwin
 expect_refusal "c2c_ext builds on 64-bit Linux only; the compiler is for another width." \
   -DCMAKE_CXX_COMPILER_FORCED=ON -DCMAKE_SIZEOF_VOID_P=4
 expect_refusal "c2c_ext needs Python 3.10 or newer and its headers" -DPython_INCLUDE_DIR="$work"
-for setting in auto 0; do
+for setting in auto 0 "auto -DC2C_NVCC=/bin/true"; do
+  # shellcheck disable=SC2086
   configure -DC2C_EXT_CUDA=$setting || complain "C2C_EXT_CUDA=$setting was refused"
   test -s "$work/build/compile_commands.json"
 done

@@ -303,11 +303,11 @@ void fuse_cpu(std::vector<Tensor> out_keys, std::vector<Tensor> out_values,
               std::string activation, std::string integration, bool accumulate) {
   const PackedWeights weights{in_weight, in_bias,    w1,       w2,          branch_w1, deep_w2,
                               deep_w1,   out_weight, out_bias, head_weight, head_bias};
-  const Activation act = cpu::parse_activation(activation);
-  const Integration how = cpu::parse_integration(integration);
+  const Activation act = parse_activation(activation);
+  const Integration how = parse_integration(integration);
   const FuseCall call =
-      check_fuse(out_keys, out_values, base_keys, base_values, sharer_keys, sharer_values,
-                 token_map, layers, sources, num_keys, {sharer_heads, sharer_dim},
+      check_fuse(Placement::kCpu, out_keys, out_values, base_keys, base_values, sharer_keys,
+                 sharer_values, token_map, layers, sources, num_keys, {sharer_heads, sharer_dim},
                  {receiver_heads, receiver_dim}, inner, reads_receiver, weights);
   if (call.sizes.streams == 0 || call.sizes.batch * call.sizes.tokens == 0) return;
   const CacheType type = cpu::cache_type(call.streams[0].base->scalar_type());

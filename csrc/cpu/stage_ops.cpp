@@ -161,7 +161,7 @@ void stage_multiply(Tensor out, Tensor x, Tensor panels) {
 }
 
 void stage_scale_activate(Tensor out, Tensor x, Tensor rstd, std::string activation) {
-  const Activation kind = cpu::parse_activation(activation);
+  const Activation kind = parse_activation(activation);
   check_sums("scale_activate", "x", x);
   check_tensor("scale_activate", "x", x, x.scalar_type(), {-1, -1, -1});
   check_tensor("scale_activate", "out", out, x.scalar_type(), {x.size(0), x.size(1), x.size(2)});
@@ -213,7 +213,7 @@ void stage_head(Tensor logits, Tensor x, Tensor weight) {
 
 void stage_combine(Tensor out, Tensor base, Tensor projected, Tensor bias, Tensor logits,
                    Tensor head_bias, std::string integration) {
-  const Integration how = cpu::parse_integration(integration);
+  const Integration how = parse_integration(integration);
   check_cache("combine", "base", base, base);
   check_cache("combine", "out", out, base);
   for (int64_t d = 0; d < 4; ++d) {

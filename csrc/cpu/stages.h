@@ -5,8 +5,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 #include "../scalar_math.h"
 #include "panel_gemm.h"
@@ -29,21 +27,6 @@ inline CacheType cache_type(torch::headeronly::ScalarType type) {
     default:
       return CacheType::kFloat32;
   }
-}
-
-inline Activation parse_activation(const std::string& name) {
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "silu") return Activation::kSilu;
-  throw std::runtime_error("c2c_ext.fuse: activation must be gelu, relu or silu, got " + name);
-}
-
-inline Integration parse_integration(const std::string& name) {
-  if (name == "residual") return Integration::kResidual;
-  if (name == "interpolation") return Integration::kInterpolation;
-  if (name == "replacement") return Integration::kReplacement;
-  throw std::runtime_error(
-      "c2c_ext.fuse: integration must be residual, interpolation or replacement, got " + name);
 }
 
 inline CacheView view_of(const torch::stable::Tensor& t) {

@@ -57,25 +57,15 @@ __device__ void for_columns(int64_t cols, bool packed, const F& f) {
   for_columns<kCount>(cols, packed, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), f);
 }
 
-// Row blockIdx.x of stream blockIdx.y, or `skip` rows further.
+// Row `row` of stream blockIdx.y.
 template <class C>
 __device__ C* row_of(const Matrices& m, int64_t row) {
   return static_cast<C*>(m.data) + blockIdx.y * m.stream_stride + row * m.row_stride;
 }
 
-__device__ float other_lane(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
-__device__ double other_lane(double v, int mask) {
-  struct Halves {
-    uint32_t low, high;
-  };
-  const Halves mine = bit_cast<Halves>(v);
-  return bit_cast<double>(
-      Halves{__shfl_xor_sync(~0u, mine.low, mask), __shfl_xor_sync(~0u, mine.high, mask)});
-}
-
 template <class T>
 __device__ T warp_sum(T v) {
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) v += other_lane(v, mask);
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) v += __shfl_xor_sync(~0u, v, mask);
   return v;
 }
 
@@ -142,7 +132,7 @@ __device__ void copy_token(const Token<C>& from, int64_t width, C* to) {
 
 template <class C>
 __global__ void __launch_bounds__(kMaxThreads)
-    gather_kernel(Streams streams, HeadShape sharer, HeadShape receiver, Tokens tokens,
+    gather_kernel(const __grid_constant__ Streams streams, HeadShape sharer, HeadShape receiver, Tokens tokens,
                   int64_t first_row, Matrices c) {
   const StreamViews& view = streams.view[blockIdx.y];
   const Place place = place_of(tokens, first_row + blockIdx.x);
@@ -257,7 +247,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 template <Integration kIntegration, class C>
 __global__ void __launch_bounds__(kMaxThreads)
-    combine_kernel(Streams streams, HeadShape receiver, Tokens tokens, int64_t first_row,
+    combine_kernel(const __grid_constant__ Streams streams, HeadShape receiver, Tokens tokens, int64_t first_row,
                    Matrices projected, const Sums<C>* bias, Matrices logits,
                    const Sums<C>* head_bias, bool accumulate) {
   using T = Sums<C>;
@@ -277,12 +267,14 @@ __global__ void __launch_bounds__(kMaxThreads)
   const C* p = row_of<C>(projected, blockIdx.x);
   const T* b = bias + blockIdx.y * width;
   const T* head_logits = logits.data == nullptr ? nullptr : row_of<T>(logits, blockIdx.x);
-  const T* head_b = head_bias + int64_t{blockIdx.y} * receiver.heads;
   const bool packed = caches_packed && aligned<C, kPack<C>>(p) && aligned<T, kPack<C>>(b);
   for_columns<kPack<C>>(width, packed, [&](int64_t i, auto count) {
     constexpr int kCount = decltype(count)::value;
     const unsigned head = base.head(i);
-    const T w = head_logits == nullptr ? T(1) : sigmoid(head_logits[head] + head_b[head]);
+    const T w =
+        head_logits == nullptr
+            ? T(1)
+            : sigmoid(head_logits[head] + head_bias[int64_t{blockIdx.y} * receiver.heads + head]);
     const auto before = load<kCount>(base.at(i));
     const auto from = accumulate ? load<kCount>(out.at(i)) : before;
     const auto values = load<kCount>(p + i);

@@ -1,0 +1,276 @@
+// c2c::fuse_ on CUDA tensors: matrix products through torch's bmm, everything between them in
+// row_kernels.cu, about a dozen launches for all streams of a chunk. No host synchronisation.
+// Compiled with C2C_EMULATE it is c2c_emulated::fuse_, which runs the same kernels on CPU tensors.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "../ops.h"
+#include "runtime.h"
+
+namespace c2c {
+namespace {
+
+using cuda::Block;
+using cuda::CacheType;
+using cuda::Combine;
+using cuda::Device;
+using cuda::HeadShape;
+using cuda::kMaxStreams;
+using cuda::Matrices;
+using cuda::Streams;
+using cuda::Tokens;
+using torch::headeronly::ScalarType;
+
+// Scratch is at most this plus the size of the fused caches: more streams x tokens are done in
+// chunks, streams first, so that every weight is read once as long as all tokens of a stream fit.
+constexpr int64_t kScratchBytes = int64_t{64} << 20;
+constexpr int64_t kMaxRows = int64_t{1} << 30;  // of one launch
+constexpr int64_t kAlignment = 16;              // of every row of scratch, in bytes
+
+#ifdef C2C_EMULATE
+constexpr Placement kPlacement = Placement::kCpuRows;
+#else
+constexpr Placement kPlacement = Placement::kCuda;
+#endif
+
+CacheType cache_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return CacheType::kFloat64;
+    case ScalarType::BFloat16:
+      return CacheType::kBfloat16;
+    case ScalarType::Half:
+      return CacheType::kFloat16;
+    default:
+      return CacheType::kFloat32;
+  }
+}
+
+cuda::CacheView view_of(const Tensor& t) {
+  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+}
+
+HeadShape head_shape(const KVShape& shape) {
+  return {static_cast<int>(shape.heads), static_cast<int>(shape.dim)};
+}
+
+int64_t parts(int64_t count, int64_t at_most) { return (count + at_most - 1) / at_most; }
+// The size of equal parts, of at most `at_most`, that `count` is split into.
+int64_t equal_part(int64_t count, int64_t at_most) { return parts(count, parts(count, at_most)); }
+
+class Fusion {
+ public:
+  Fusion(const FuseCall& call, const PackedWeights& weights, const std::optional<Tensor>& token_map,
+         Activation activation, Integration integration, bool accumulate)
+      : call_(call),
+        s_(call.sizes),
+        w_(weights),
+        device_(*call.streams[0].base),
+        scalar_(call.streams[0].base->scalar_type()),
+        type_(cache_type(scalar_)),
+        size_(static_cast<int64_t>(call.streams[0].base->element_size())),
+        sums_size_(scalar_ == ScalarType::Double ? 8 : 4),
+        tokens_{nullptr, 0, 0, s_.batch, s_.tokens, s_.sharer_tokens},
+        activation_(activation),
+        integration_(integration),
+        accumulate_(accumulate) {
+    if (token_map) {
+      tokens_.map = static_cast<const int64_t*>(token_map->const_data_ptr());
+      tokens_.batch_stride = token_map->dim() == 2 ? token_map->stride(0) : 0;
+      tokens_.token_stride = token_map->stride(token_map->dim() - 1);
+    }
+  }
+
+  void run() {
+    const int64_t count = s_.batch * s_.tokens;
+    const int64_t fused_bytes = s_.streams * count * s_.receiver.width() * size_;
+    const int64_t bytes = cuda::scratch_limit(kScratchBytes + fused_bytes);
+    const int64_t most = std::max<int64_t>(1, bytes / bytes_per_row());  // rows of all streams
+    const int64_t rows = equal_part(count, std::min(most, kMaxRows));
+    const int64_t streams =
+        equal_part(s_.streams, std::clamp<int64_t>(most / rows, 1, kMaxStreams));
+    const Tensor scratch = device_.scratch(streams * rows * bytes_per_row());
+    for (int64_t g = 0; g < s_.streams; g += streams) {
+      first_ = g;
+      const int64_t now = std::min(streams, s_.streams - g);
+      Streams views;
+      for (int64_t i = 0; i < now; ++i) {
+        const StreamTensors& t = call_.streams[g + i];
+        views.view[i] = {view_of(*t.out), view_of(*t.base), view_of(*t.sharer)};
+      }
+      for (int64_t r = 0; r < count; r += rows) {
+        block_ = {static_cast<int>(now), r, std::min(rows, count - r)};
+        run_chunk(views, static_cast<char*>(scratch.data_ptr()));
+      }
+    }
+  }
+
+ private:
+  int64_t input_width() const {
+    return s_.sharer.width() + (s_.reads_receiver ? s_.receiver.width() : 0);
+  }
+  bool deep() const { return !w_.deep_w2.empty(); }
+  bool weighted() const { return s_.weighting > 0; }
+
+  // Columns of the buffers. `wide` holds in turn the gathered input, what blocks have inside, and
+  // the projection; `normed` a norm or what a block adds.
+  int64_t wide_columns() const {
+    return std::max({input_width(), s_.inner + s_.weighting, s_.receiver.width()});
+  }
+  int64_t y_columns() const { return s_.inner + s_.hidden + s_.weighting; }
+  int64_t q_columns() const { return deep() ? s_.inner + s_.hidden : 0; }
+
+  static int64_t row_bytes(int64_t columns, int64_t size) {
+    return parts(columns * size, kAlignment) * kAlignment;
+  }
+  int64_t bytes_per_row() const {
+    return row_bytes(wide_columns(), size_) + row_bytes(s_.hidden, size_) +
+           row_bytes(y_columns(), size_) + row_bytes(q_columns(), size_) +
+           row_bytes(weighted() ? s_.receiver.heads : 0, sums_size_);
+  }
+
+  void run_chunk(const Streams& views, char* scratch) {
+    const auto buffer = [&](int64_t columns, int64_t size) {
+      const int64_t bytes = row_bytes(columns, size);
+      const Matrices result{scratch, block_.rows * (bytes / size), bytes / size};
+      scratch += block_.streams * block_.rows * bytes;
+      return result;
+    };
+    const Matrices wide = buffer(wide_columns(), size_);
+    const Matrices normed = buffer(s_.hidden, size_);
+    // y = [activated projection | z | activated weighting]: out_weight reads the first two,
+    // head_weight the last two.
+    const Matrices y = buffer(y_columns(), size_);
+    const Matrices deep_q = buffer(q_columns(), size_);
+    const Matrices logits = buffer(weighted() ? s_.receiver.heads : 0, sums_size_);
+    const int64_t h = s_.hidden, m = s_.inner;
+    const Matrices z = column(y, m), weighting = column(y, m + h);
+
+    const HeadShape receiver = head_shape(s_.receiver);
+    const HeadShape read{s_.reads_receiver ? receiver.heads : 0, receiver.dim};
+    cuda::launch_gather(type_, block_, views, head_shape(s_.sharer), read, tokens_, wide, stream());
+    multiply(z, h, wide, input_width(), w_.in_weight);
+    cuda::launch_bias_stats(type_, block_, h, z, row(w_.in_bias, sums_size_), normed, stream());
+
+    multiply(wide, m, normed, h, w_.w1);
+    activate(wide, m, wide, 0, wide);
+    multiply(normed, h, wide, m, w_.w2);
+    residual(z, normed, z, true);
+
+    multiply(wide, m + s_.weighting, normed, h, w_.branch_w1);
+    // q = [activated projection | input of its block]; y itself at depth 3 with a folded output.
+    const Matrices q = deep() ? deep_q : y;
+    activate(wide, m, q, s_.weighting, weighting);
+    Matrices p = z;
+    for (size_t i = 0; i < w_.deep_w2.size(); ++i) {
+      const bool another_block = i < w_.deep_w1.size();
+      multiply(normed, h, q, m, w_.deep_w2[i]);
+      residual(p, normed, column(q, m), another_block);
+      p = column(q, m);
+      if (another_block) {
+        multiply(wide, m, normed, h, w_.deep_w1[i]);
+        activate(wide, m, q, 0, q);
+      }
+    }
+
+    if (weighted()) {
+      cuda::launch_head(type_, block_, 2 * h, receiver.heads, z, row(w_.head_weight, sums_size_),
+                        logits, stream());
+    }
+    multiply(wide, s_.receiver.width(), s_.folded ? q : p, s_.folded ? m + h : h, w_.out_weight);
+    const Combine combine{integration_,
+                          accumulate_,
+                          wide,
+                          row(w_.out_bias, sums_size_),
+                          weighted() ? logits : Matrices{nullptr, 0, 0},
+                          row(w_.head_bias, sums_size_)};
+    cuda::launch_combine(type_, block_, views, receiver, tokens_, combine, stream());
+  }
+
+  cudaStream_t stream() const { return device_.stream(); }
+  Matrices column(const Matrices& x, int64_t first) const {
+    return {static_cast<char*>(x.data) + first * size_, x.stream_stride, x.row_stride};
+  }
+  // The chunk's part of a weight [G, ..].
+  const void* row(const Tensor& weight, int64_t size) const {
+    const int64_t per_stream = weight.numel() / weight.size(0);
+    return static_cast<const char*>(weight.const_data_ptr()) + first_ * per_stream * size;
+  }
+  void multiply(const Matrices& out, int64_t cols, const Matrices& x, int64_t depth,
+                const Tensor& weight) const {
+    device_.multiply(scalar_, block_, out, cols, x, depth, row(weight, size_));
+  }
+  void activate(const Matrices& x, int64_t first_cols, const Matrices& first, int64_t second_cols,
+                const Matrices& second) const {
+    cuda::launch_activate(type_, activation_, block_, x, first_cols, first, second_cols, second,
+                          stream());
+  }
+  // to = from + delta, and, where a norm follows, the norm in place of delta.
+  void residual(const Matrices& from, const Matrices& delta, const Matrices& to, bool norm) const {
+    cuda::launch_residual_stats(type_, block_, s_.hidden, from, delta, to,
+                                norm ? delta : Matrices{nullptr, 0, 0}, stream());
+  }
+
+  const FuseCall& call_;
+  const FuseSizes& s_;
+  const PackedWeights& w_;
+  const Device device_;
+  const ScalarType scalar_;
+  const CacheType type_;
+  const int64_t size_, sums_size_;  // bytes of an element
+  Tokens tokens_;
+  const Activation activation_;
+  const Integration integration_;
+  const bool accumulate_;
+  int64_t first_ = 0;  // stream of the chunk
+  Block block_{};
+};
+
+void check_width(const char* side, const KVShape& shape) {
+  if (shape.width() > INT32_MAX) {
+    throw std::runtime_error(std::string("c2c_ext.fuse: ") + side + "_heads times " + side +
+                             "_dim must be below 2^31 on a GPU, got " +
+                             std::to_string(shape.width()));
+  }
+}
+
+void fuse_cuda(std::vector<Tensor> out_keys, std::vector<Tensor> out_values,
+               std::vector<Tensor> base_keys, std::vector<Tensor> base_values,
+               std::vector<Tensor> sharer_keys, std::vector<Tensor> sharer_values,
+               std::optional<Tensor> token_map, std::vector<int64_t> layers,
+               std::vector<int64_t> sources, int64_t num_keys, int64_t sharer_heads,
+               int64_t sharer_dim, int64_t receiver_heads, int64_t receiver_dim, int64_t inner,
+               bool reads_receiver, Tensor in_weight, Tensor in_bias, Tensor w1, Tensor w2,
+               Tensor branch_w1, std::vector<Tensor> deep_w2, std::vector<Tensor> deep_w1,
+               Tensor out_weight, Tensor out_bias, Tensor head_weight, Tensor head_bias,
+               std::string activation, std::string integration, bool accumulate) {
+  const PackedWeights weights{in_weight, in_bias,    w1,       w2,          branch_w1, deep_w2,
+                              deep_w1,   out_weight, out_bias, head_weight, head_bias};
+  const Activation act = parse_activation(activation);
+  const Integration how = parse_integration(integration);
+  const FuseCall call =
+      check_fuse(kPlacement, out_keys, out_values, base_keys, base_values, sharer_keys,
+                 sharer_values, token_map, layers, sources, num_keys, {sharer_heads, sharer_dim},
+                 {receiver_heads, receiver_dim}, inner, reads_receiver, weights);
+  if (call.sizes.streams == 0 || call.sizes.batch * call.sizes.tokens == 0) return;
+  check_width("sharer", call.sizes.sharer);
+  check_width("receiver", call.sizes.receiver);
+  if (cuda::chosen_path() != cuda::Path::kPlain) {
+    throw std::runtime_error(
+        "c2c_ext.fuse: C2C_EXT_CUDA_PATH must be plain or auto, this build has no other kernels");
+  }
+  Fusion(call, weights, token_map, act, how, accumulate).run();
+}
+
+}  // namespace
+}  // namespace c2c
+
+#ifdef C2C_EMULATE
+STABLE_TORCH_LIBRARY(c2c_emulated, m) { m.def(c2c::kFuseSchema); }
+STABLE_TORCH_LIBRARY_IMPL(c2c_emulated, CPU, m) { m.impl("fuse_", TORCH_BOX(&c2c::fuse_cuda)); }
+#else
+STABLE_TORCH_LIBRARY_IMPL(c2c, CUDA, m) { m.impl("fuse_", TORCH_BOX(&c2c::fuse_cuda)); }
+#endif

@@ -1,0 +1,57 @@
+// What the CUDA op's host code asks of torch: the current stream, scratch memory, matrix products;
+// and which kernels the user wants. Compiled with C2C_EMULATE, all of it is on the CPU.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "row_kernels.h"
+
+namespace c2c::cuda {
+
+// Makes a tensor's GPU the current one until it is destroyed, and knows torch's stream there.
+class Device {
+ public:
+  // Throws std::runtime_error where this torch has no CUDA.
+  explicit Device(const torch::stable::Tensor& on);
+  ~Device();
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  cudaStream_t stream() const { return stream_; }
+
+  // Uninitialised, from torch's allocator: belongs to the current stream.
+  torch::stable::Tensor scratch(int64_t bytes) const;
+
+  // out[g] = x[g] @ weight[g]^T by torch's bmm, in the caches' dtype; float32 is true float32
+  // unless the user allowed torch TF32.
+  void multiply(torch::headeronly::ScalarType type, const Block& block,
+                const Matrices& out, int64_t cols,  // [streams, rows, cols]
+                const Matrices& x, int64_t depth,   // [streams, rows, depth]
+                const void* weight) const;          // [streams, cols, depth]
+
+ private:
+  struct Guard;
+  std::unique_ptr<Guard> guard_;
+  torch::stable::Device device_;
+  cudaStream_t stream_;
+};
+
+// Which kernels run.
+enum class Path {
+  kPlain,   // torch's bmm and row_kernels.cu
+  kFused,   // everything in our own matrix products (mma.sync)
+  kHopper,  // the same for sm_90a (wgmma)
+};
+
+// The path that the environment variable C2C_EXT_CUDA_PATH asks for (plain, fused or hopper), or,
+// where it says auto or is not set, the default. Throws std::runtime_error naming it.
+Path chosen_path();
+
+// The environment variable C2C_EMULATE_SCRATCH (bytes) in place of `bytes` under C2C_EMULATE, so
+// that tests reach more than one chunk.
+int64_t scratch_limit(int64_t bytes);
+
+}  // namespace c2c::cuda
