@@ -3,6 +3,7 @@
 # make test-oldest, make test-matrix   the suite beside the oldest, beside every tested transformers
 # make lint   ruff and clang-format, as CI runs them    make clean  everything built or installed here
 # make sanitize   the op's tests under AddressSanitizer and UBSan
+# make check-cuda   compiles every kernel for two GPUs and records what each needs (needs nvcc, no GPU)
 PYTHON ?= python3
 VENV ?= .venv
 export C2C_EXT_CUDA ?= auto
@@ -16,7 +17,7 @@ TRANSFORMERS ?= 4.57.6 5.0.0 5.17.0 $(shell sed -n 's/^transformers==//p' constr
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 CPP := $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-oldest test-matrix wheel sanitize lint format tiny-pair clean
+.PHONY: demo test test-oldest test-matrix wheel sanitize check-cuda lint format tiny-pair clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/c2c demo
@@ -40,6 +41,10 @@ wheel: $(VENV)/.built
 # The op built with AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize.
 sanitize: $(VENV)/.built
 	tools/sanitize.sh $(VENV)/bin/python
+
+# Writes benchmarks/results/cuda_resources.{json,md}.
+check-cuda: $(VENV)/.built
+	$(VENV)/bin/python tools/check_cuda.py
 
 lint: $(VENV)/.linters
 	$(VENV)/bin/ruff check .

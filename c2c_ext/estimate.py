@@ -20,13 +20,16 @@ from . import reference
 from .config import FuserConfig
 from .fuser import FuserGroup
 from .model_kv import ModelKV
-from .ops import _C
+from .ops import _C, kernels_missing
 from .packed import VECTORS, fold_stream, sum_dtype, to_panels
 from .parameters import group_parameter_shapes
 
 # Of csrc/cpu/fuse_cpu.cpp: more tokens than fit into this are fused in chunks.
 SCRATCH_BYTES_PER_THREAD = 8 << 20
 MAX_SCRATCH_BYTES = 128 << 20
+# Of csrc/cuda/fuse_cuda.cpp: this and the size of the fused caches; streams of one launch.
+SCRATCH_BYTES_ON_GPU = 64 << 20
+MAX_STREAMS_ON_GPU = 128
 TRAINING_DTYPE = torch.float32  # of the fuser's parameters, gradients and optimizer state
 TEMPERATURE = 0.5  # of the soft gates; what is saved does not depend on it
 
@@ -97,11 +100,7 @@ class Work:
 
 def uncompiled_reason(config: FuserConfig, device: torch.device) -> str | None:
     """Why a fuser runs through reference.py on ``device``; None: the compiled op runs it."""
-    if device.type != "cpu" and not torch._C._dispatch_has_kernel_for_dispatch_key(
-        "c2c::fuse_", device.type.upper()
-    ):
-        return f"this build has no kernels for {device.type}"
-    return config.uncompiled_reason()
+    return kernels_missing(device) or config.uncompiled_reason()
 
 
 def cache_bytes(model: ModelKV, work: Workload) -> int:
@@ -169,12 +168,15 @@ def scratch_bytes(
 ) -> int:
     """Upper bound of the scratch memory of one fusion; shape groups take turns.
 
-    The compiled op: the columns of fuse_cpu.cpp's buffers for all open streams and tokens, at most
-    8 MiB per thread and 128 MiB in all (a single token may exceed that). The reference: what
-    autograd would keep of one stream.
+    The compiled op: the columns of the buffers of fuse_cpu.cpp or fuse_cuda.cpp for all open
+    streams and tokens. On the CPU at most 8 MiB per thread and 128 MiB in all, on a GPU 64 MiB and
+    the size of the fused caches (a single token may exceed that). The reference: what autograd
+    would keep of one stream.
     """
     if uncompiled_reason(config, device) is not None:
         return max(per_stream for _, per_stream in _saved_by_group(config, work, training=False))
+    if device.type == "cuda":
+        return _scratch_on_gpu(config, work, open_streams)
     itemsize = sum_dtype(work.dtype).itemsize
     most = min(SCRATCH_BYTES_PER_THREAD * torch.get_num_threads(), MAX_SCRATCH_BYTES)
     h, m, largest = config.hidden_size, config.intermediate_size, 0
@@ -192,6 +194,31 @@ def scratch_bytes(
         streams = min(max(budget // rows, 1), count)
         largest = max(largest, streams * rows * columns * itemsize)
     return largest
+
+
+def _scratch_on_gpu(config: FuserConfig, work: Workload, open_streams: Streams | None) -> int:
+    h, m, largest = config.hidden_size, config.intermediate_size, 0
+    for layer, count, shapes in _open_groups(config, open_streams):
+        sharer, receiver = config.layer_shapes(layer)
+        inputs = sharer.width + (receiver.width if config.reads == "both" else 0)
+        weighting, heads = (h, receiver.num_heads) if config.weighting else (0, 0)
+        deep = any(name.startswith("deep_w2") for name in shapes)
+        columns = [max(inputs, m + weighting, receiver.width), h, m + h + weighting]
+        columns += [m + h] if deep else []
+        row = sum(-(-c * work.dtype.itemsize // 16) * 16 for c in columns)
+        row += -(-heads * sum_dtype(work.dtype).itemsize // 16) * 16
+        fused = count * work.rows * receiver.width * work.dtype.itemsize
+        most = max((SCRATCH_BYTES_ON_GPU + fused) // row, 1)  # (stream, token) pairs
+        rows = _equal_part(work.rows, most)
+        streams = _equal_part(count, min(max(most // rows, 1), MAX_STREAMS_ON_GPU))
+        largest = max(largest, streams * rows * row)
+    return largest
+
+
+def _equal_part(count: int, most: int) -> int:
+    """The size of the equal parts, of at most ``most``, that ``count`` is split into."""
+    parts = -(-count // most)
+    return -(-count // parts)
 
 
 def activation_bytes(config: FuserConfig, work: Workload) -> int:

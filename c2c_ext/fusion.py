@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,10 +30,11 @@ def fuse(
 ) -> Any:
     """Fuses tokens ``start .. end - 1`` of a receiver's cache with a sharer's (arXiv 2510.03215).
 
-    All streams are fused from the two caches as they stand (post-RoPE keys). On the CPU the
-    compiled op runs; other devices, variants without compiled kernels
-    (`FuserConfig.uncompiled_reason`) and calls that need gradients go through the slower
-    `c2c_ext.reference`: call it under `torch.no_grad` (or freeze the fuser) where you need none.
+    All streams are fused from the two caches as they stand (post-RoPE keys). On the CPU, and on
+    CUDA GPUs where the build has kernels for them, the compiled op runs; other devices, variants
+    without compiled kernels (`FuserConfig.uncompiled_reason`) and calls that need gradients go
+    through the slower `c2c_ext.reference`: call it under `torch.no_grad` (or freeze the fuser)
+    where you need none.
     Gates are hard: open iff their logit is > 0. Under `torch.compile` the packed form of the last
     eager call is used; see `Fuser.packed`.
 
@@ -107,7 +109,19 @@ def fuse(
                     "a copy"
                 )
     sharer_view = sharer if token_map is not None else _window(sharer, start, end)
-    if wanted or first.device.type != "cpu" or config.uncompiled_reason() is not None:
+    missing = ops.kernels_missing(first.device)
+    if wanted or missing is not None or config.uncompiled_reason() is not None:
+        if (
+            not (wanted or missing is None or torch.compiler.is_compiling())
+            and first.device.type == "cuda"
+            and config.uncompiled_reason() is None
+        ):  # Python's default filter shows it once for every line that calls
+            warnings.warn(
+                f"c2c_ext.fuse: caches on {first.device} go through plain PyTorch, which is "
+                f"slower: {missing}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         _check_fuser_device(fuser, first)
         base = _window(receiver, start, end)
         if inplace and not torch.compiler.is_compiling():

@@ -17,6 +17,7 @@ from . import report as reports
 from .estimate import Workload
 from .facts import read_fuser, read_model
 from .files import write_atomically
+from .ops import kernels_missing
 from .probe import SECONDS, probe
 
 MAX_BATCH = 1 << 16
@@ -43,14 +44,17 @@ def describe() -> dict[str, str]:
         f"{_cpu_name()}: compiled op, {build['cpu_instruction_set']} kernels, "
         f"{torch.get_num_threads()} threads"
     )
+    missing = kernels_missing(torch.device("cuda"))
     if torch.cuda.is_available():
+        path = "compiled op, CUDA kernels (never measured on a GPU)"
+        if missing is not None:
+            path = f"plain PyTorch reference ({missing})"
         for i in range(torch.cuda.device_count()):
-            lines[f"cuda:{i}"] = (
-                f"{torch.cuda.get_device_name(i)}: plain PyTorch reference "
-                "(this build has no CUDA kernels)"
-            )
+            lines[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}: {path}"
     else:
         lines["cuda"] = "no device"
+        if missing is not None and build["cuda_architectures"]:
+            lines["cuda"] += f"; no kernels: {missing}"
     return lines
 
 

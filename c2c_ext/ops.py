@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import cuda_library
 from .packed import PackedFuser, PackedGroup
 
 try:
@@ -18,7 +20,16 @@ except ImportError as error:
         f"The loader said: {error}"
     ) from error
 
-__all__ = ["_C", "check_inplace", "fuse_", "group_arguments"]
+__all__ = ["_C", "check_inplace", "fuse_", "group_arguments", "kernels_missing"]
+
+CUDA_MISSING = cuda_library.load(Path(_C.__file__).parent)  # why, or None
+
+
+def kernels_missing(device: torch.device) -> str | None:
+    """Why the compiled op does not run on ``device``; None: it does."""
+    if device.type == "cuda":
+        return CUDA_MISSING
+    return None if device.type == "cpu" else f"this build has no kernels for {device.type}"
 
 
 @torch.library.register_fake("c2c::check_inplace")
@@ -124,8 +135,11 @@ def fuse_(
         accumulate: ``out += fused - base`` in place of ``out = fused``.
 
     Raises:
-        RuntimeError: an argument breaks a rule; the message names argument, rule and numbers.
+        RuntimeError: an argument breaks a rule; the message names argument, rule and numbers. Or
+            the caches are on a GPU, and there are no CUDA kernels.
     """
+    if packed.groups and base[0][0].device.type == "cuda" and CUDA_MISSING is not None:
+        raise RuntimeError(f"c2c_ext.fuse: the op cannot run on {base[0][0].device}: {CUDA_MISSING}")
     for group in packed.groups:
         torch.ops.c2c.fuse_(
             *group_arguments(group, out, base, sharer, token_map, packed, accumulate)

@@ -21,6 +21,11 @@ if torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
 ):
     DEVICES.append("cuda")
 
+# Files that are not collected: without a GPU, or without the sources that they build.
+collect_ignore = [] if "cuda" in DEVICES else ["test_cuda.py"]
+if not (Path(__file__).parent.parent / "csrc").exists():
+    collect_ignore += ["test_cuda_emulated.py", "test_cuda_resources.py"]
+
 KVPairs = list[tuple[Tensor, Tensor]]
 Shape = tuple[int, int]  # (heads, head dim)
 
