@@ -1,0 +1,201 @@
+"""What only a GPU can show of the CUDA op; `test_op.py` runs there too. Not collected without one."""
+
+from __future__ import annotations
+
+import gc
+import re
+
+import pytest
+import torch
+from conftest import (
+    arguments_of,
+    assert_fused,
+    clone,
+    flat,
+    make_caches,
+    make_config,
+    make_fuser,
+    max_abs,
+    run_op,
+    same_bits,
+    set_gates,
+)
+from test_golden import caches as golden_caches
+from variants import COMPILED
+
+import c2c_ext
+import golden_data
+from c2c_ext import ops
+
+WIDE = {"hidden_size": 256, "intermediate_size": 384}
+MAP = [[8, -1, 0, 3, 3, 1, 7], [-1, 2, -1, 4, 5, 9, 0]]
+
+
+@pytest.fixture(params=range(torch.cuda.device_count()), ids=lambda i: f"cuda:{i}")
+def gpu(request) -> torch.device:
+    return torch.device("cuda", request.param)
+
+
+def made(gpu: torch.device, batch: int = 2, tokens: int = 7, dtype=torch.bfloat16, **changes):
+    """(fuser, receiver, sharer) on a GPU."""
+    fuser = make_fuser(make_config(**{**WIDE, **changes}), device=gpu)
+    return fuser, *make_caches(fuser.config, batch, tokens, tokens + 2, dtype, gpu)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_fuse_runs_the_op(gpu, dtype, inplace):
+    fuser, base, sharer = made(gpu, dtype=dtype)
+    token_map = torch.tensor(MAP, device=gpu)
+    receiver = clone(base)
+    with torch.no_grad():
+        fused = c2c_ext.fuse(receiver, sharer, fuser, token_map=token_map, inplace=inplace)
+    assert (fused is receiver) == inplace
+    assert_fused(fuser, base, sharer, fused, token_map)
+    assert all(map(same_bits, flat(fused), flat(run_op(fuser, base, sharer, token_map))))
+
+
+@pytest.mark.parametrize("changes", COMPILED.values(), ids=COMPILED.keys())
+@pytest.mark.parametrize("shape", [{}, {"depth": 5, "hidden_size": 12}], ids=str)
+def test_variants_match_the_reference(gpu, changes, shape, dtype):
+    fuser = make_fuser(make_config(**shape, **changes), device=gpu)
+    base, sharer = make_caches(fuser.config, dtype=dtype, device=gpu)
+    assert_fused(fuser, base, sharer, run_op(fuser, base, sharer), differs=False)
+
+
+@pytest.mark.parametrize(("name", "j"), golden_data.cases(golden_data.EVAL_FILES))
+def test_golden_float64_equals_truth(gpu, name, j):
+    file = golden_data.load(name)
+    case = file.case(j)
+    base, sharer = (
+        [tuple(t.to(gpu) for t in pair) for pair in pairs]
+        for pairs in golden_caches(case, torch.float64)
+    )
+    fuser = golden_data.build_fuser(file, j, torch.float64).to(gpu)
+    for kind, ours in zip(golden_data.KINDS, run_op(fuser, base, sharer)[0], strict=True):
+        truth = case[f"out_{kind}_f64"]
+        assert max_abs(ours.cpu() - truth) <= 1e-13 * max_abs(truth), kind
+
+
+def test_float32_is_not_tf32(gpu):
+    assert not torch.backends.cuda.matmul.allow_tf32
+    fuser, base, sharer = made(gpu, 1, 64, torch.float32)
+    assert_fused(fuser, base, sharer, run_op(fuser, base, sharer))
+
+
+def test_same_bits_every_time(gpu, dtype):
+    fuser, base, sharer = made(gpu, 3, 65, dtype)
+    first = flat(run_op(fuser, base, sharer))
+    for _ in range(5):
+        assert all(map(same_bits, flat(run_op(fuser, base, sharer)), first))
+
+
+def test_no_host_synchronisation(gpu):
+    fuser, base, sharer = made(gpu)
+    token_map = torch.tensor(MAP, device=gpu)
+    run_op(fuser, base, sharer, token_map)  # packs, which does synchronise
+    packed = fuser.packed(torch.bfloat16, gpu)
+    out = clone(base)
+    torch.cuda.synchronize(gpu)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.fuse_(out, base, sharer, packed, token_map=token_map)
+        with torch.no_grad():
+            c2c_ext.fuse(base, sharer, fuser, token_map=token_map)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_graph_replays_on_new_numbers(gpu):
+    fuser, base, sharer = made(gpu)
+    packed, out = fuser.packed(torch.bfloat16, gpu), clone(base)
+    with torch.cuda.device(gpu), torch.no_grad():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):  # warms up, as graphs want it
+            ops.fuse_(out, base, sharer, packed)
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ops.fuse_(out, base, sharer, packed)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            for t in flat(base) + flat(sharer):
+                t.normal_()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert all(map(same_bits, flat(out), flat(run_op(fuser, base, sharer))))
+
+
+def test_runs_on_the_current_stream(gpu):
+    """Inputs that a slow kernel on a side stream writes just before; nothing waits but the stream."""
+    fuser, base, sharer = made(gpu)
+    expected = flat(run_op(fuser, base, sharer))
+    packed = fuser.packed(torch.bfloat16, gpu)
+    late = [tuple(torch.zeros_like(t) for t in pair) for pair in base]
+    out = [tuple(torch.zeros_like(t) for t in pair) for pair in base]
+    torch.cuda.synchronize(gpu)
+    with torch.cuda.device(gpu), torch.cuda.stream(torch.cuda.Stream()) as _:
+        torch.cuda._sleep(200_000_000)  # about 0.1 s
+        for t, b in zip(flat(late), flat(base), strict=True):
+            t.copy_(b)
+        ops.fuse_(out, late, sharer, packed)
+        torch.cuda.current_stream().synchronize()
+    assert all(map(same_bits, flat(out), expected))
+
+
+def test_current_device_is_restored(gpu):
+    fuser, base, sharer = made(gpu)
+    with torch.cuda.device(0):
+        run_op(fuser, base, sharer)
+        assert torch.cuda.current_device() == 0
+
+
+def test_memory_is_bounded_and_does_not_grow(gpu):
+    fuser, base, sharer = made(gpu, 4, 2048, hidden_size=512, intermediate_size=512)
+    packed, out = fuser.packed(torch.bfloat16, gpu), clone(base)
+    ops.fuse_(out, base, sharer, packed)  # the matrix library's own workspace stays
+    gc.collect()
+    torch.cuda.synchronize(gpu)
+    before = torch.cuda.memory_allocated(gpu)
+    torch.cuda.reset_peak_memory_stats(gpu)
+    for _ in range(10):
+        ops.fuse_(out, base, sharer, packed)
+    torch.cuda.synchronize(gpu)
+    fused = sum(t.nbytes for t in flat(base))
+    assert torch.cuda.memory_allocated(gpu) == before
+    assert torch.cuda.max_memory_allocated(gpu) - before <= (64 << 20) + fused
+
+
+def test_closed_streams_are_dropped_and_kept(gpu, dtype):
+    fuser, base, sharer = made(gpu, dtype=dtype)
+    closed = {(0, "key"): 0.0, (1, "value"): -1.0}
+    set_gates(fuser, closed)
+    fused = run_op(fuser, base, sharer)
+    for layer, (pair, own) in enumerate(zip(fused, base, strict=True)):
+        for kind, x, b in zip(("key", "value"), pair, own, strict=True):
+            assert same_bits(x, b) == ((layer, kind) in closed)
+
+
+def test_compiles_without_a_break(gpu):
+    fuser, base, sharer = made(gpu)
+    expected = flat(run_op(fuser, base, sharer))
+
+    @torch.compile(fullgraph=True)
+    def fused(base, sharer):
+        with torch.no_grad():
+            return c2c_ext.fuse(base, sharer, fuser)
+
+    sharer = [(key[:, :, :7], value[:, :, :7]) for key, value in sharer]
+    assert all(map(same_bits, flat(fused(base, sharer)), expected))
+
+
+def test_tensors_of_another_device_are_refused(gpu):
+    fuser, base, sharer = made(gpu, dtype=torch.float32)
+    arguments = arguments_of(fuser, clone(base), base, sharer)
+    for name, change, message in (
+        ("w1", torch.Tensor.cpu, "w1 must be on the caches' device (cuda:"),
+        ("base_keys", lambda ts: [t.cpu() for t in ts], "receiver_keys[0] must be on a GPU"),
+        ("sharer_keys", lambda ts: [t.cpu() for t in ts], "sharer_keys[0] must be on the device"),
+    ):
+        values = {**arguments, name: change(arguments[name])}
+        with pytest.raises(RuntimeError, match=re.escape("c2c_ext.fuse: " + message)):
+            torch.ops.c2c.fuse_(*values.values())
