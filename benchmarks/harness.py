@@ -21,6 +21,7 @@ from c2c_ext.measure import Cell, Effort, document, write_json
 from c2c_ext.probe import CeilingSampler, probe
 from c2c_ext.report import DTYPES
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 QUICK = Effort(rounds=2, seconds=0.02, limit=1.0)
@@ -88,9 +89,16 @@ class Results:
         benchmark: its name; without --output and --quick the file is results/<name>.json.
         options: parsed `arguments`.
         dtypes: of the GEMM ceilings, keys of `report.DTYPES`.
+        device: whose ceilings.
     """
 
-    def __init__(self, benchmark: str, options: argparse.Namespace, dtypes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        benchmark: str,
+        options: argparse.Namespace,
+        dtypes: Sequence[str],
+        device: torch.device = CPU,
+    ) -> None:
         self.benchmark, self.effort = benchmark, effort_of(options)
         if options.output is not None and not options.output.resolve().parent.is_dir():
             raise SystemExit(f"--output: there is no directory {options.output.resolve().parent}")
@@ -113,14 +121,14 @@ class Results:
         say("ceilings of this machine")
         chosen = {name: DTYPES[name] for name in dtypes}
         seconds = 0.3 if options.quick else 8.0
-        cpu, self._gemms = torch.device("cpu"), gemm_dtypes(chosen)
-        self.ceilings = probe(cpu, self._gemms, seconds=seconds)
+        self._device, self._gemms = device, gemm_dtypes(chosen)
+        self.ceilings = probe(device, self._gemms, seconds=seconds)
         self._write(complete=False)
 
     @cached_property
     def sampler(self) -> CeilingSampler:
         """Measures the ceilings again, as `measure_cell` wants it."""
-        return CeilingSampler(torch.device("cpu"), self._gemms)
+        return CeilingSampler(self._device, self._gemms)
 
     def add(self, rows: Sequence[Cell], left_out: Sequence[Cell] = ()) -> None:
         """Keeps and prints the rows of a cell, and what was left out of it."""

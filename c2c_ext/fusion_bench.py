@@ -6,6 +6,7 @@ the compiled op alone, writing into tensors that are there already (as generate 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from .reference import BlockWeights, StreamWeights
 
 PROVIDERS = (BASELINE, "compiled", "fuse", "op")
 GATES = ("all", "half")
+CPU = torch.device("cpu")
 MAX_SETS = 16
 PLAIN_DRAWS = 4
 CHECKED_NUMBERS = 4096  # per stream, where the sets hold so many
@@ -91,22 +93,32 @@ class FusionCase:
 
     Calls rotate among sets of caches, so that no provider finds all of its input in the processor's
     cache: twice the last-level cache in all, but at most `MAX_SETS`. Weights are not rotated.
+
+    Args:
+        device: of the caches; the fuser is there already.
     """
 
     def __init__(
-        self, fuser: Fuser, dtype: torch.dtype, batch: int, tokens: int, *, seed: int = 1
+        self,
+        fuser: Fuser,
+        dtype: torch.dtype,
+        batch: int,
+        tokens: int,
+        *,
+        seed: int = 1,
+        device: torch.device = CPU,
     ) -> None:
-        self.fuser, self.dtype = fuser, dtype
+        self.fuser, self.dtype, self.device = fuser, dtype, device
         self.work = Workload(batch, tokens, dtype)
         config = fuser.config
         generator = torch.Generator().manual_seed(seed)
         one = sum(estimate.cache_bytes(m, self.work) for m in (config.receiver, config.sharer))
         self.sets = [
             tuple(
-                _random_kv(m, batch, tokens, dtype, generator)
+                _random_kv(m, batch, tokens, dtype, generator, device)
                 for m in (config.receiver, config.sharer)
             )
-            for _ in range(min(1 + 2 * last_level_cache() // one, MAX_SETS))
+            for _ in range(min(1 + 2 * _cache_of(device) // one, MAX_SETS))
         ]
         self.open = set(fuser.open_streams())
         self._plain: KVPairs = []  # what the reference gives, once it is verified
@@ -125,8 +137,7 @@ class FusionCase:
 
     def minimum(self) -> Work:
         """Bytes and FLOP of the packed form: the least work known for this function."""
-        cpu = torch.device("cpu")
-        return estimate.fuse_work(self.fuser.config, self.work, cpu, sorted(self.open))
+        return estimate.fuse_work(self.fuser.config, self.work, self.device, sorted(self.open))
 
     def _reference(self) -> Callable[[int], KVPairs]:
         def call(i: int) -> KVPairs:
@@ -143,7 +154,7 @@ class FusionCase:
         return call
 
     def _op(self) -> Callable[[int], KVPairs]:
-        packed = self.fuser.packed(self.dtype, torch.device("cpu"))
+        packed = self.fuser.packed(self.dtype, self.device)
         written = [[torch.empty_like(t) for t in pair] for pair in self.sets[0][0]]
         # Closed streams are not written: what is there is the receiver's own.
         outs = [
@@ -250,7 +261,7 @@ class FusionCase:
         """One stream against float64."""
 
         def run(w: StreamWeights, dtype: torch.dtype) -> Tensor:
-            gate = torch.ones((), dtype=dtype)
+            gate = torch.ones((), dtype=dtype, device=own.device)
             w = map_weights(w, lambda t: t.to(dtype))
             return reference.fuse_stream(
                 w, source.to(dtype), own.to(dtype), gate, self.fuser.config
@@ -299,7 +310,27 @@ def measure_fusion(
         "open_streams": len(case.open),
         "cache_sets": len(case.sets),
     }
-    return measure_cell(cell, case.calls(providers), case.check, case.minimum(), ceilings, effort)
+    calls, work = case.calls(providers), case.minimum()
+    return measure_cell(cell, calls, case.check, work, ceilings, effort, _clock(case.device))
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """Seconds, once the device has done what it was told to."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
+def _cache_of(device: torch.device) -> int:
+    """Bytes of the device's largest cache."""
+    if device.type != "cuda":
+        return last_level_cache()
+    return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def gemm_dtypes(dtypes: Mapping[str, torch.dtype]) -> list[torch.dtype]:
@@ -381,10 +412,15 @@ def _or_unverified(call: Callable[[int], KVPairs], what: str) -> Callable[[int],
 
 
 def _random_kv(
-    model: ModelKV, batch: int, tokens: int, dtype: torch.dtype, generator: torch.Generator
+    model: ModelKV,
+    batch: int,
+    tokens: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    device: torch.device,
 ) -> KVPairs:
     def one(shape: KVShape) -> Tensor:
         size = (batch, shape.num_heads, tokens, shape.head_dim)
-        return torch.randn(size, generator=generator).to(dtype)
+        return torch.randn(size, generator=generator).to(device, dtype)
 
     return [(one(shape), one(shape)) for shape in model.layers]

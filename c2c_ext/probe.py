@@ -12,7 +12,8 @@ from .estimate import Ceilings
 from .packed import sum_dtype, to_panels
 
 SECONDS = 8.0  # for all devices; starting up and last repetitions come on top
-BUFFER_BYTES = 256 << 20  # larger than any cache
+BUFFER_BYTES = 256 << 20  # larger than any cache; a GPU gets more, so that a launch does not count
+BUFFER_BYTES_ON_GPU = 4 << 30
 SMALLEST_GEMM = 256
 SAMPLED_GEMM, SAMPLED_TIMES = 1024, 3  # of `CeilingSampler`
 LARGEST_GEMM = {"cpu": 4096, "cuda": 8192}
@@ -63,16 +64,17 @@ class CeilingSampler:
 
     def __init__(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
         self._timer = _Timer(device, time.perf_counter)
-        self._source = torch.ones(BUFFER_BYTES // 4, device=device)
+        self._source = _buffer(device)
         self._target = torch.zeros_like(self._source)
-        self._products = {d: _products(self._timer, d, SAMPLED_GEMM) for d in dtypes}
+        self._size = SAMPLED_GEMM if device.type == "cpu" else LARGEST_GEMM[device.type]
+        self._products = {d: _products(self._timer, d, self._size) for d in dtypes}
 
     def __call__(self, dtype: torch.dtype) -> Ceilings:
         """Memory, and the GEMM of one of the dtypes."""
         products = self._products[dtype]
         fastest = min(self._timer(run) for _ in range(SAMPLED_TIMES) for run in products)
         memory = max(_memory_rates(self._timer, self._source, self._target))
-        return Ceilings(str(self._timer.device), memory, {dtype: 2 * SAMPLED_GEMM**3 / fastest})
+        return Ceilings(str(self._timer.device), memory, {dtype: 2 * self._size**3 / fastest})
 
 
 class _Timer:
@@ -94,7 +96,7 @@ class _Timer:
 
 
 def _memory_rate(timer: _Timer, seconds: float) -> float:
-    source = torch.ones(BUFFER_BYTES // 4, device=timer.device)
+    source = _buffer(timer.device)
     target = torch.zeros_like(source)
     best, spent = 0.0, timer(lambda: target.copy_(source))  # warms up
     while best == 0.0 or spent < seconds:
@@ -102,6 +104,11 @@ def _memory_rate(timer: _Timer, seconds: float) -> float:
         spent += 2 * source.nbytes / copied + source.nbytes / summed
         best = max(best, copied, summed)
     return best
+
+
+def _buffer(device: torch.device) -> Tensor:
+    size = BUFFER_BYTES if device.type == "cpu" else BUFFER_BYTES_ON_GPU
+    return torch.ones(size // 4, device=device)
 
 
 def _memory_rates(timer: _Timer, source: Tensor, target: Tensor) -> tuple[float, float]:
