@@ -57,6 +57,11 @@ from test_variants import (
     test_compiled_variants_match_the_reference,
     test_every_combination_runs_in_the_op,
 )
+from torch.profiler import ProfilerActivity, profile
+from variants import COMPILED
+
+from c2c_ext import estimate, ops
+from c2c_ext.estimate import Workload
 
 __all__ = [
     "test_accumulate_adds_the_update",
@@ -193,6 +198,34 @@ def test_more_streams_than_one_launch_takes():
     ours = emulated.run_op(fuser, base, sharer)
     assert_fused(fuser, base, sharer, ours, differs=False)
     assert not any(map(same_bits, flat(ours), flat(base)))
+
+
+def scratch_of(fuser, base, sharer) -> int:
+    """Bytes of the largest tensor that the op allocates, seen by the profiler."""
+    calls = list(emulated.calls(fuser, base, base, sharer))
+    emulated.load()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        for arguments in calls:
+            torch.ops.c2c_emulated.fuse_(*arguments.values())
+    return max(e.cpu_memory_usage for e in record.events() if e.name == "aten::empty")
+
+
+@pytest.mark.parametrize("limit", [None, 3000, 9000])
+@pytest.mark.parametrize("shape", [*SHAPES, *COMPILED])
+def test_scratch_is_what_the_estimate_says(shape, limit, dtype, monkeypatch):
+    config = make_config(**{**SHAPES, **COMPILED}[shape])
+    fuser, work = make_fuser(config), Workload(2, 5, dtype)
+    base, sharer = make_caches(config, 2, 5, dtype=dtype)
+    monkeypatch.setattr(ops, "CUDA_MISSING", None)
+    if limit is not None:
+        if len(config.shape_groups()) > 1:
+            return  # what the caches add to the limit differs by group
+        monkeypatch.setenv("C2C_EMULATE_SCRATCH", str(limit))
+        layers = range(len(config.layer_map))
+        fused = sum(base[i][KINDS.index(kind)].nbytes for i in layers for kind in config.kinds)
+        monkeypatch.setattr(estimate, "SCRATCH_BYTES_ON_GPU", limit - fused)
+    estimated = estimate.scratch_bytes(config, work, torch.device("cuda"), fuser.open_streams())
+    assert estimated == scratch_of(fuser, base, sharer)
 
 
 def test_same_bits_in_both_thread_orders(dtype, monkeypatch):
