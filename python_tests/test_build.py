@@ -12,6 +12,8 @@ from c2c_ext import _C
 
 MODULE = Path(_C.__file__)
 OPS = MODULE.parent / "libc2c_ext.so"
+CUDA = MODULE.parent / "libc2c_ext_cuda.so"  # only where nvcc was
+LIBRARIES = {"ops": OPS, "module": MODULE} | ({"cuda": CUDA} if CUDA.exists() else {})
 
 
 def undefined_symbols(path: Path) -> list[str]:
@@ -44,7 +46,7 @@ def python_symbols(names: list[str]) -> list[str]:
     return [n for n in names if re.match(r"_?Py[A-Z_]", n)]
 
 
-@pytest.mark.parametrize("path", [OPS, MODULE], ids=["ops", "module"])
+@pytest.mark.parametrize("path", LIBRARIES.values(), ids=LIBRARIES.keys())
 def test_no_cpp_symbol_of_torch_is_undefined(path: Path) -> None:
     assert torch_cpp_symbols(undefined_symbols(path)) == []
 
@@ -77,6 +79,7 @@ def test_build_info_says_what_was_built() -> None:
     assert info["abi_target"] == "2.10"
     assert info["cpu_instruction_set"] in ("baseline", "avx2", "avx512", "avx512bf16")
     assert "-O" in info["flags"]
+    assert (info["cuda_architectures"] != []) == CUDA.exists()
 
 
 def test_the_ops_are_registered() -> None:
