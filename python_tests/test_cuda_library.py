@@ -49,28 +49,27 @@ def test_reasons_by_device(monkeypatch):
     assert estimate.uncompiled_reason(config, torch.device("cuda")) is None
 
 
-def caches_on_a_gpu():
-    fuser = make_fuser()
-    return fuser, *make_caches(fuser.config, device="cuda")
-
-
 def test_the_op_says_how_to_build_with_cuda(monkeypatch):
     monkeypatch.setattr(ops, "CUDA_MISSING", "because")
-    with FakeTensorMode():
-        fuser, base, sharer = caches_on_a_gpu()
-        packed = make_fuser().packed(torch.float32, torch.device("cpu"))
-        message = re.escape("c2c_ext.fuse: the op cannot run on cuda:0: because")
+    fuser = make_fuser()
+    packed = fuser.packed(torch.float32, torch.device("cpu"))
+    message = re.escape("c2c_ext.fuse: the op cannot run on cuda:0: because")
+    with FakeTensorMode():  # tensors that say they are on a GPU
+        base, sharer = make_caches(fuser.config, device="cuda")
         with pytest.raises(RuntimeError, match=message):
             ops.fuse_(base, base, sharer, packed)
 
 
 def test_fuse_warns_where_a_gpu_has_no_kernels(monkeypatch):
     monkeypatch.setattr(ops, "CUDA_MISSING", "because")
+    fuser = make_fuser()
     with FakeTensorMode(), torch.no_grad():
-        fuser, base, sharer = caches_on_a_gpu()
-        with pytest.warns(RuntimeWarning, match="cuda:0 go through plain PyTorch.*: because"):
-            fused = c2c_ext.fuse(base, sharer, fuser.to("cuda"))
-    assert fused[0][0].device.type == "cuda"
+        base, sharer = make_caches(fuser.config, device="cuda")
+        with (
+            pytest.warns(RuntimeWarning, match="cuda:0 go through plain PyTorch.*: because"),
+            pytest.raises(ValueError, match="fuser must be on cuda:0 as the caches are"),
+        ):
+            c2c_ext.fuse(base, sharer, fuser)
 
 
 @pytest.mark.parametrize(
