@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,9 @@ if torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
 # Files that are not collected: without a GPU, or without the sources that they build.
 collect_ignore = [] if "cuda" in DEVICES else ["test_cuda.py"]
 if not (Path(__file__).parent.parent / "csrc").exists():
-    collect_ignore += ["test_cuda_emulated.py", "test_cuda_resources.py"]
+    collect_ignore.append("test_cuda_resources.py")
+    if "C2C_EMULATED_LIBRARY" not in os.environ:
+        collect_ignore.append("test_cuda_emulated.py")
 
 KVPairs = list[tuple[Tensor, Tensor]]
 Shape = tuple[int, int]  # (heads, head dim)
