@@ -1,5 +1,6 @@
 // c2c::stage_*: the stages of c2c::fuse_ on the CPU one by one, for tests and benchmarks.
 #include <sstream>
+#include <stdexcept>
 #include <vector>
 
 #include "../ops.h"
