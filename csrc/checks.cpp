@@ -258,8 +258,7 @@ Integration parse_integration(const std::string& name) {
 
 FuseCall check_fuse(Placement placement, const std::vector<Tensor>& out_keys,
                     const std::vector<Tensor>& out_values, const std::vector<Tensor>& base_keys,
-                    const std::vector<Tensor>& base_values,
-                    const std::vector<Tensor>& sharer_keys,
+                    const std::vector<Tensor>& base_values, const std::vector<Tensor>& sharer_keys,
                     const std::vector<Tensor>& sharer_values,
                     const std::optional<Tensor>& token_map, const std::vector<int64_t>& layers,
                     const std::vector<int64_t>& sources, int64_t num_keys, KVShape sharer_shape,
@@ -334,7 +333,8 @@ FuseCall check_fuse(Placement placement, const std::vector<Tensor>& out_keys,
       dtype != ScalarType::Half) {
     fail(first_name, " must be float64, float32, bfloat16 or float16");
   }
-  // One tensor on a GPU brings the call to the GPU's kernels; all others are compared with the first.
+  // One tensor on a GPU brings the call to the GPU's kernels; all others are compared with the
+  // first.
   const bool on_gpu = placement == Placement::kCuda;
   if (on_gpu ? !first.is_cuda() : !first.is_cpu()) {
     fail(first_name, " must be on ", on_gpu ? "a GPU, as another argument is" : "the CPU", ", got ",

@@ -12,7 +12,7 @@ namespace c2c {
 
 using torch::stable::Tensor;
 
-enum class Activation;   // scalar_math.h
+enum class Activation;  // scalar_math.h
 enum class Integration;
 
 // Fuses the open streams of one shape group. Reads base, writes out (which may be base itself); the
@@ -89,8 +89,7 @@ Integration parse_integration(const std::string& name);
 // naming the argument, the rule and both numbers.
 FuseCall check_fuse(Placement placement, const std::vector<Tensor>& out_keys,
                     const std::vector<Tensor>& out_values, const std::vector<Tensor>& base_keys,
-                    const std::vector<Tensor>& base_values,
-                    const std::vector<Tensor>& sharer_keys,
+                    const std::vector<Tensor>& base_values, const std::vector<Tensor>& sharer_keys,
                     const std::vector<Tensor>& sharer_values,
                     const std::optional<Tensor>& token_map, const std::vector<int64_t>& layers,
                     const std::vector<int64_t>& sources, int64_t num_keys, KVShape sharer_shape,

@@ -144,13 +144,12 @@ C2C_HOST_DEVICE void narrow(double x, double* out) { *out = x; }
 // The fused value of one channel; `from` is the base, or with accumulate what is written to.
 template <Integration kIntegration, class T>
 C2C_HOST_DEVICE T integrate(T from, T base, T w, T p, bool accumulate) {
-  switch (kIntegration) {
-    case Integration::kResidual:
-      return from + w * p;
-    case Integration::kInterpolation:
-      return from + w * (p - base);
-    case Integration::kReplacement:
-      return accumulate ? from + (w * p - base) : w * p;
+  if constexpr (kIntegration == Integration::kResidual) {
+    return from + w * p;
+  } else if constexpr (kIntegration == Integration::kInterpolation) {
+    return from + w * (p - base);
+  } else {
+    return accumulate ? from + (w * p - base) : w * p;
   }
 }
 

@@ -1,8 +1,8 @@
 // The CUDA kernels between the matrix products (see row_kernels.h): a block of threads per row and
 // stream, 16 bytes an access where addresses allow it.
-#include "row_kernels.h"
-
 #include <type_traits>
+
+#include "row_kernels.h"
 
 namespace c2c::cuda {
 namespace {
@@ -132,8 +132,8 @@ __device__ void copy_token(const Token<C>& from, int64_t width, C* to) {
 
 template <class C>
 __global__ void __launch_bounds__(kMaxThreads)
-    gather_kernel(const __grid_constant__ Streams streams, HeadShape sharer, HeadShape receiver, Tokens tokens,
-                  int64_t first_row, Matrices c) {
+    gather_kernel(const __grid_constant__ Streams streams, HeadShape sharer, HeadShape receiver,
+                  Tokens tokens, int64_t first_row, Matrices c) {
   const StreamViews& view = streams.view[blockIdx.y];
   const Place place = place_of(tokens, first_row + blockIdx.x);
   const int64_t sharer_width = int64_t{sharer.heads} * sharer.dim;
@@ -247,8 +247,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 template <Integration kIntegration, class C>
 __global__ void __launch_bounds__(kMaxThreads)
-    combine_kernel(const __grid_constant__ Streams streams, HeadShape receiver, Tokens tokens, int64_t first_row,
-                   Matrices projected, const Sums<C>* bias, Matrices logits,
+    combine_kernel(const __grid_constant__ Streams streams, HeadShape receiver, Tokens tokens,
+                   int64_t first_row, Matrices projected, const Sums<C>* bias, Matrices logits,
                    const Sums<C>* head_bias, bool accumulate) {
   using T = Sums<C>;
   const StreamViews& view = streams.view[blockIdx.y];
@@ -331,8 +331,7 @@ void launch_add_stats(const char* name, const Block& block, int64_t cols, const 
 void launch_gather(CacheType type, const Block& block, const Streams& streams, HeadShape sharer,
                    HeadShape receiver, const Tokens& tokens, const Matrices& c,
                    cudaStream_t stream) {
-  const int64_t width =
-      int64_t{sharer.heads} * sharer.dim + int64_t{receiver.heads} * receiver.dim;
+  const int64_t width = int64_t{sharer.heads} * sharer.dim + int64_t{receiver.heads} * receiver.dim;
   with_type(type, [&](auto zero) {
     using C = decltype(zero);
     launch("gather", gather_kernel<C>, grid_of(block), threads_of<C>(width), 0, stream, streams,

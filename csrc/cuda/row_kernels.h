@@ -31,8 +31,8 @@ void launch_gather(CacheType type, const Block& block, const Streams& streams, H
 
 // z += bias; normed = z / sqrt(mean(z^2) + eps).
 void launch_bias_stats(CacheType type, const Block& block, int64_t cols,
-                       const Matrices& z,     // [streams, rows, cols]
-                       const void* bias,      // [streams, cols], sums
+                       const Matrices& z,       // [streams, rows, cols]
+                       const void* bias,        // [streams, cols], sums
                        const Matrices& normed,  // [streams, rows, cols]
                        cudaStream_t stream);
 

@@ -31,8 +31,7 @@ GetStream find_get_stream() {
   void* symbol = library == nullptr ? nullptr : dlsym(library, kSymbol);
   if (symbol == nullptr) {
     throw std::runtime_error(std::string("c2c_ext.fuse: CUDA kernels need a torch with CUDA; ") +
-                             kLibrary +
-                             (library == nullptr ? " is not loaded" : " has no ") +
+                             kLibrary + (library == nullptr ? " is not loaded" : " has no ") +
                              (library == nullptr ? "" : kSymbol));
   }
   return reinterpret_cast<GetStream>(symbol);

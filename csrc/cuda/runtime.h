@@ -27,10 +27,10 @@ class Device {
 
   // out[g] = x[g] @ weight[g]^T by torch's bmm, in the caches' dtype; float32 is true float32
   // unless the user allowed torch TF32.
-  void multiply(torch::headeronly::ScalarType type, const Block& block,
-                const Matrices& out, int64_t cols,  // [streams, rows, cols]
-                const Matrices& x, int64_t depth,   // [streams, rows, depth]
-                const void* weight) const;          // [streams, cols, depth]
+  void multiply(torch::headeronly::ScalarType type, const Block& block, const Matrices& out,
+                int64_t cols,                      // [streams, rows, cols]
+                const Matrices& x, int64_t depth,  // [streams, rows, depth]
+                const void* weight) const;         // [streams, cols, depth]
 
  private:
   struct Guard;
