@@ -139,7 +139,9 @@ def fuse_(
             the caches are on a GPU, and there are no CUDA kernels.
     """
     if packed.groups and base[0][0].device.type == "cuda" and CUDA_MISSING is not None:
-        raise RuntimeError(f"c2c_ext.fuse: the op cannot run on {base[0][0].device}: {CUDA_MISSING}")
+        raise RuntimeError(
+            f"c2c_ext.fuse: the op cannot run on {base[0][0].device}: {CUDA_MISSING}"
+        )
     for group in packed.groups:
         torch.ops.c2c.fuse_(
             *group_arguments(group, out, base, sharer, token_map, packed, accumulate)

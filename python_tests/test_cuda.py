@@ -1,10 +1,11 @@
-"""What only a GPU can show of the CUDA op; `test_op.py` runs there too. Not collected without one."""
+"""What only a GPU can show of the CUDA op; `test_op.py` runs there too. Else not collected."""
 
 from __future__ import annotations
 
 import gc
 import re
 
+import golden_data
 import pytest
 import torch
 from conftest import (
@@ -24,7 +25,6 @@ from test_golden import caches as golden_caches
 from variants import COMPILED
 
 import c2c_ext
-import golden_data
 from c2c_ext import ops
 
 WIDE = {"hidden_size": 256, "intermediate_size": 384}
@@ -126,7 +126,7 @@ def test_graph_replays_on_new_numbers(gpu):
 
 
 def test_runs_on_the_current_stream(gpu):
-    """Inputs that a slow kernel on a side stream writes just before; nothing waits but the stream."""
+    """A slow kernel on a side stream writes the inputs just before; only the stream waits."""
     fuser, base, sharer = made(gpu)
     expected = flat(run_op(fuser, base, sharer))
     packed = fuser.packed(torch.bfloat16, gpu)

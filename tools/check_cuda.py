@@ -112,7 +112,11 @@ def measure(nvcc: str) -> list[dict[str, Any]]:
             names = readable(list(kernels))
             named = sorted((names[mangled], numbers) for mangled, numbers in kernels.items())
             for name, numbers in named:
-                where = {"source": source.name, "kernel": name, "architecture": f"sm_{architecture}"}
+                where = {
+                    "source": source.name,
+                    "kernel": name,
+                    "architecture": f"sm_{architecture}",
+                }
                 rows.append(where | numbers)
             print(f"{source.name} sm_{architecture}: {len(named)} kernels", flush=True)
     return rows
