@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from conftest import make_caches, make_fuser
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import c2c_ext
 from c2c_ext import cuda_library, estimate, info, ops
@@ -49,27 +49,32 @@ def test_reasons_by_device(monkeypatch):
     assert estimate.uncompiled_reason(config, torch.device("cuda")) is None
 
 
+def as_if_on_a_gpu(pairs):
+    """Tensors without memory that say they are on one."""
+    mode, gpu = FakeTensorMode(), torch.device("cuda", 0)
+    return [tuple(FakeTensor(mode, t.to("meta"), gpu) for t in pair) for pair in pairs]
+
+
 def test_the_op_says_how_to_build_with_cuda(monkeypatch):
     monkeypatch.setattr(ops, "CUDA_MISSING", "because")
     fuser = make_fuser()
     packed = fuser.packed(torch.float32, torch.device("cpu"))
     message = re.escape("c2c_ext.fuse: the op cannot run on cuda:0: because")
-    with FakeTensorMode():  # tensors that say they are on a GPU
-        base, sharer = make_caches(fuser.config, device="cuda")
-        with pytest.raises(RuntimeError, match=message):
-            ops.fuse_(base, base, sharer, packed)
+    base, sharer = map(as_if_on_a_gpu, make_caches(fuser.config))
+    with pytest.raises(RuntimeError, match=message):
+        ops.fuse_(base, base, sharer, packed)
 
 
 def test_fuse_warns_where_a_gpu_has_no_kernels(monkeypatch):
     monkeypatch.setattr(ops, "CUDA_MISSING", "because")
     fuser = make_fuser()
-    with FakeTensorMode(), torch.no_grad():
-        base, sharer = make_caches(fuser.config, device="cuda")
-        with (
-            pytest.warns(RuntimeWarning, match="cuda:0 go through plain PyTorch.*: because"),
-            pytest.raises(ValueError, match="fuser must be on cuda:0 as the caches are"),
-        ):
-            c2c_ext.fuse(base, sharer, fuser)
+    base, sharer = map(as_if_on_a_gpu, make_caches(fuser.config))
+    with (
+        torch.no_grad(),
+        pytest.warns(RuntimeWarning, match="cuda:0 go through plain PyTorch.*: because"),
+        pytest.raises(ValueError, match="fuser must be on cuda:0 as the caches are"),
+    ):
+        c2c_ext.fuse(base, sharer, fuser)
 
 
 @pytest.mark.parametrize(
