@@ -29,8 +29,6 @@ struct TileChoice {
 constexpr int64_t kAnyRows = std::numeric_limits<int64_t>::max();
 constexpr TileChoice kTileTable[] = {{16, Tiles::k16},   {32, Tiles::k32},   {64, Tiles::k64},
                                      {128, Tiles::k128}, {192, Tiles::k192}, {kAnyRows, Tiles::k128}};
-constexpr int kNarrowestTile = 64;  // columns
-
 constexpr int kMaxWidth = 1 << 30;       // sums of two widths are int
 constexpr int kMaxGrid = 65535;          // blocks, down and deep
 constexpr int64_t kRowAlignment = 16;    // of every row of scratch, in bytes
@@ -49,7 +47,7 @@ struct RowBytes {
 };
 RowBytes row_bytes(const FusedCall& c) {
   return {padded(c.hidden) * 2, padded(c.inner + c.weighting) * 2,
-          padded_bytes(parts(c.hidden, kNarrowestTile)),
+          padded_bytes(parts(c.hidden, kSquaresCols)),
           padded_bytes(c.weighting > 0 ? c.receiver.heads : 0)};
 }
 
@@ -153,7 +151,7 @@ class Stages {
     y_ = matrix(scratch += rows * bytes.z, padded(inner_ + weighting_));
     a_ = matrix(scratch, padded(inner_));
     squares_ = {reinterpret_cast<float*>(scratch += rows * bytes.y), rows_,
-                static_cast<int>(parts(hidden_, Tile::kCols))};
+                static_cast<int>(parts(hidden_, kSquaresCols))};
     weights_ = reinterpret_cast<float*>(scratch + rows * bytes.squares);
   }
 
@@ -255,7 +253,6 @@ class Stages {
 
 template <class T, class Tile>
 bool run_stages(const FusedCall& call, cudaStream_t stream) {
-  static_assert(Tile::kCols >= kNarrowestTile, "scratch holds a part per tile of this width");
   if (parts(call.rows, Tile::kRows) > kMaxGrid) return false;
   Stages<T, Tile>(call, stream).run();
   return true;

@@ -17,7 +17,7 @@
 //   head            0.07 M     4096 z1, act_weight         32 w
 //   out             4.19 M     4096 act_proj, z1         2048 out
 //                              + 2048 base + 32 w
-// Statistics add 4 bytes per row, stream and column tile. In all 15.0 MB a stream and 33 KB a row
+// Statistics add 4 bytes per row, stream and 64 columns. In all 15.0 MB a stream and 33 KB a row
 // and stream: 0.84 GB + 1.85 MB per token for 56 streams, and 0.84 GFLOP per token.
 //
 // Predictions for 56 streams, nothing measured. DRAM: 4.3 TB/s, of all traffic above, although L2
@@ -41,6 +41,9 @@ namespace c2c::cuda {
 
 constexpr int kVector = 8;  // 16-bit elements in 16 bytes, the widest access
 constexpr unsigned kAllLanes = 0xffffffffu;
+// Columns of one part of a row's sum of squares. The same for every tile, so that a token's bits do
+// not depend on how many others are fused with it.
+constexpr int kSquaresCols = 64;
 
 // What one block computes and how. Warps lie in a grid of kWarpsDown x kWarpsAcross.
 template <int kRows_, int kCols_, int kDepth_, int kStages_, int kWarpsDown_, int kWarpsAcross_,
@@ -67,6 +70,7 @@ struct GemmTile {
   static_assert(kChunks == 4 || kChunks == 8, "chunk_at knows these");
   static_assert(kRows * kChunks % kThreads == 0 && kCols * kChunks % kThreads == 0,
                 "every thread copies as many chunks");
+  static_assert(kCols % kSquaresCols == 0, "whole parts of the sums of squares");
   static_assert(kLanesPerRow <= 32 && kThreads % kLanesPerRow == 0, "a row belongs to one warp");
   static_assert(kRows * kLanesPerRow % kThreads == 0 && (kPasses < 4 || kPasses % 4 == 0),
                 "every thread writes as many chunks, in whole groups");
@@ -240,11 +244,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       }
       if constexpr (Output::kSquares) {
 #pragma unroll
-        for (int lanes = 1; lanes < Tile::kLanesPerRow; lanes *= 2) {
+        for (int lanes = 1; lanes < kSquaresCols / kVector; lanes *= 2) {
           squares += __shfl_xor_sync(kAllLanes, squares, lanes);
         }
-        if (row < rows && tile_col == 0) {
-          output.write_squares(row, static_cast<int>(blockIdx.x), squares);
+        if (row < rows && column.count > 0 && tile_col % kSquaresCols == 0) {
+          output.write_squares(row, column.col / kSquaresCols, squares);
         }
       }
     }

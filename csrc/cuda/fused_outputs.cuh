@@ -121,14 +121,14 @@ struct OutputMatrix {
   }
 };
 
-// Sums of squares of rows, in parts: one per column tile, which whoever needs them adds up in
+// Sums of squares of rows, in parts of kSquaresCols columns, which whoever needs them adds up in
 // order. They are those of the stored, rounded values, for these the next product reads.
 struct RowSquares {
-  float* data;  // [streams, rows, tiles]
-  int rows, tiles;
+  float* data;  // [streams, rows, parts]
+  int rows, parts;
 
   __device__ __forceinline__ float* row(int stream, int r) const {
-    return data + (static_cast<int64_t>(stream) * rows + r) * tiles;
+    return data + (static_cast<int64_t>(stream) * rows + r) * parts;
   }
 };
 
@@ -153,7 +153,7 @@ struct NormedOutput {
     typename OutputMatrix<T>::Block out;
     const float* bias;
     float* squares;
-    int tiles;
+    int parts;
 
     __device__ __forceinline__ Column column(int col, int cols) const {
       Column column{output_column(col, cols), {}};
@@ -177,8 +177,8 @@ struct NormedOutput {
       for (int i = 0; i < kVector; ++i) total += i < column.count ? values[i] * values[i] : 0.f;
       return total;
     }
-    __device__ __forceinline__ void write_squares(int row, int tile, float total) const {
-      squares[static_cast<int64_t>(row) * tiles + tile] = total;
+    __device__ __forceinline__ void write_squares(int row, int part, float total) const {
+      squares[static_cast<int64_t>(row) * parts + part] = total;
     }
   };
   template <class Tile>
@@ -186,7 +186,7 @@ struct NormedOutput {
   __device__ __forceinline__ Block block(int stream, int first_row, char*) const {
     return {out.block(stream, first_row),
             kResidual ? nullptr : bias + static_cast<int64_t>(stream) * cols,
-            squares.row(stream, first_row), squares.tiles};
+            squares.row(stream, first_row), squares.parts};
   }
 };
 
@@ -243,9 +243,9 @@ struct ActivatedOutput {
                                           char* shared) const {
     auto* const rstd = reinterpret_cast<float*>(shared);
     for (int r = static_cast<int>(threadIdx.x); r < rows; r += Tile::kThreads) {
-      const float* parts = squares.row(stream, first_row + r);
+      const float* from = squares.row(stream, first_row + r);
       float total = 0.f;
-      for (int tile = 0; tile < squares.tiles; ++tile) total += parts[tile];
+      for (int part = 0; part < squares.parts; ++part) total += from[part];
       rstd[r] = 1.f / std::sqrt(total / static_cast<float>(width) + static_cast<float>(kRmsEps));
     }
   }
