@@ -1,5 +1,6 @@
 // c2c::fuse_ on CUDA tensors: matrix products through torch's bmm, everything between them in
-// row_kernels.cu, about a dozen launches for all streams of a chunk. No host synchronisation.
+// row_kernels.cu, about a dozen launches for all streams of a chunk; or, where it was asked for,
+// fused_gemm.cu for what it runs. No host synchronisation.
 // Compiled with C2C_EMULATE it is c2c_emulated::fuse_, which runs the same kernels on CPU tensors.
 #include <torch/csrc/stable/library.h>
 
@@ -8,6 +9,7 @@
 #include <string>
 
 #include "../ops.h"
+#include "fused_gemm.h"
 #include "runtime.h"
 
 namespace c2c {
@@ -17,9 +19,12 @@ using cuda::Block;
 using cuda::CacheType;
 using cuda::Combine;
 using cuda::Device;
+using cuda::FusedCall;
+using cuda::FusedWeights;
 using cuda::HeadShape;
 using cuda::kMaxStreams;
 using cuda::Matrices;
+using cuda::Path;
 using cuda::Streams;
 using cuda::Tokens;
 using torch::headeronly::ScalarType;
@@ -57,6 +62,12 @@ HeadShape head_shape(const KVShape& shape) {
   return {static_cast<int>(shape.heads), static_cast<int>(shape.dim)};
 }
 
+std::vector<const void*> addresses(const std::vector<Tensor>& tensors) {
+  std::vector<const void*> result;
+  for (const Tensor& t : tensors) result.push_back(t.const_data_ptr());
+  return result;
+}
+
 int64_t parts(int64_t count, int64_t at_most) { return (count + at_most - 1) / at_most; }
 // The size of equal parts, of at most `at_most`, that `count` is split into.
 int64_t equal_part(int64_t count, int64_t at_most) { return parts(count, parts(count, at_most)); }
@@ -64,7 +75,7 @@ int64_t equal_part(int64_t count, int64_t at_most) { return parts(count, parts(c
 class Fusion {
  public:
   Fusion(const FuseCall& call, const PackedWeights& weights, const std::optional<Tensor>& token_map,
-         Activation activation, Integration integration, bool accumulate)
+         Activation activation, Integration integration, bool accumulate, Path path)
       : call_(call),
         s_(call.sizes),
         w_(weights),
@@ -76,7 +87,10 @@ class Fusion {
         tokens_{nullptr, 0, 0, s_.batch, s_.tokens, s_.sharer_tokens},
         activation_(activation),
         integration_(integration),
-        accumulate_(accumulate) {
+        accumulate_(accumulate),
+        path_(path),
+        deep_w2_(addresses(weights.deep_w2)),
+        deep_w1_(addresses(weights.deep_w1)) {
     if (token_map) {
       tokens_.map = static_cast<const int64_t*>(token_map->const_data_ptr());
       tokens_.batch_stride = token_map->dim() == 2 ? token_map->stride(0) : 0;
@@ -88,11 +102,12 @@ class Fusion {
     const int64_t count = s_.batch * s_.tokens;
     const int64_t fused_bytes = s_.streams * count * s_.receiver.width() * size_;
     const int64_t bytes = cuda::scratch_limit(kScratchBytes + fused_bytes);
-    const int64_t most = std::max<int64_t>(1, bytes / bytes_per_row());  // rows of all streams
+    const int64_t per_row = std::max(bytes_per_row(), fused_bytes_per_row());
+    const int64_t most = std::max<int64_t>(1, bytes / per_row);  // rows of all streams
     const int64_t rows = equal_part(count, std::min(most, kMaxRows));
     const int64_t streams =
         equal_part(s_.streams, std::clamp<int64_t>(most / rows, 1, kMaxStreams));
-    const Tensor scratch = device_.scratch(streams * rows * bytes_per_row());
+    const Tensor scratch = device_.scratch(streams * rows * per_row);
     for (int64_t g = 0; g < s_.streams; g += streams) {
       first_ = g;
       const int64_t now = std::min(streams, s_.streams - g);
@@ -103,6 +118,9 @@ class Fusion {
       }
       for (int64_t r = 0; r < count; r += rows) {
         block_ = {static_cast<int>(now), r, std::min(rows, count - r)};
+        if (path_ == Path::kFused && cuda::run_fused(fused_call(views, scratch), stream())) {
+          continue;
+        }
         run_chunk(views, static_cast<char*>(scratch.data_ptr()));
       }
     }
@@ -130,6 +148,58 @@ class Fusion {
     return row_bytes(wide_columns(), size_) + row_bytes(s_.hidden, size_) +
            row_bytes(y_columns(), size_) + row_bytes(q_columns(), size_) +
            row_bytes(weighted() ? s_.receiver.heads : 0, sums_size_);
+  }
+
+  int64_t fused_bytes_per_row() const {
+    if (path_ != Path::kFused) return 0;
+    FusedCall call = fused_sizes();
+    call.streams = call.rows = 1;
+    return static_cast<int64_t>(cuda::fused_scratch_bytes(call));
+  }
+  FusedCall fused_sizes() const {
+    FusedCall call{};
+    call.type = type_;
+    call.activation = activation_;
+    call.integration = integration_;
+    call.accumulate = accumulate_;
+    call.reads_receiver = s_.reads_receiver;
+    call.folded = s_.folded;
+    call.sharer = head_shape(s_.sharer);
+    call.receiver = head_shape(s_.receiver);
+    call.hidden = s_.hidden;
+    call.inner = s_.inner;
+    call.weighting = s_.weighting;
+    call.tokens = tokens_;
+    return call;
+  }
+  // The chunk as run_fused takes it.
+  FusedCall fused_call(const Streams& views, const Tensor& scratch) const {
+    const auto matrix = [](const Tensor& t) { return t.const_data_ptr(); };
+    const auto floats = [](const Tensor& t) {
+      return static_cast<const float*>(t.const_data_ptr());
+    };
+    FusedCall call = fused_sizes();
+    FusedWeights& w = call.weights;
+    w.in_weight = matrix(w_.in_weight);
+    w.in_bias = floats(w_.in_bias);
+    w.w1 = matrix(w_.w1);
+    w.w2 = matrix(w_.w2);
+    w.branch_w1 = matrix(w_.branch_w1);
+    w.deep_w2 = deep_w2_.data();
+    w.deep_w1 = deep_w1_.data();
+    w.deep_w2_count = static_cast<int>(deep_w2_.size());
+    w.deep_w1_count = static_cast<int>(deep_w1_.size());
+    w.out_weight = matrix(w_.out_weight);
+    w.out_bias = floats(w_.out_bias);
+    w.head_weight = floats(w_.head_weight);
+    w.head_bias = floats(w_.head_bias);
+    call.first_stream = first_;
+    call.streams = block_.streams;
+    call.first_row = block_.first_row;
+    call.rows = block_.rows;
+    call.views = &views;
+    call.scratch = scratch.data_ptr();
+    return call;
   }
 
   void run_chunk(const Streams& views, char* scratch) {
@@ -225,6 +295,8 @@ class Fusion {
   const Activation activation_;
   const Integration integration_;
   const bool accumulate_;
+  const Path path_;
+  const std::vector<const void*> deep_w2_, deep_w1_;
   int64_t first_ = 0;  // stream of the chunk
   Block block_{};
 };
@@ -258,11 +330,13 @@ void fuse_cuda(std::vector<Tensor> out_keys, std::vector<Tensor> out_values,
   if (call.sizes.streams == 0 || call.sizes.batch * call.sizes.tokens == 0) return;
   check_width("sharer", call.sizes.sharer);
   check_width("receiver", call.sizes.receiver);
-  if (cuda::chosen_path() != cuda::Path::kPlain) {
+  const Path path = cuda::chosen_path();
+  if (path == Path::kHopper) {
     throw std::runtime_error(
-        "c2c_ext.fuse: C2C_EXT_CUDA_PATH must be plain or auto, this build has no other kernels");
+        "c2c_ext.fuse: C2C_EXT_CUDA_PATH must be plain, fused or auto, this build has no kernels "
+        "of that name");
   }
-  Fusion(call, weights, token_map, act, how, accumulate).run();
+  Fusion(call, weights, token_map, act, how, accumulate, path).run();
 }
 
 }  // namespace
