@@ -120,6 +120,8 @@ function(c2c_add_cuda_libraries)
   set_source_files_properties(${c2c_cuda_kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-x;c++")
   add_library(c2c_ext_emulated SHARED EXCLUDE_FROM_ALL ${c2c_cuda_host} ${c2c_cuda_kernels})
   target_compile_definitions(c2c_ext_emulated PRIVATE C2C_EMULATE)
+  # Kernels read memory as wider types, and have nvcc unroll loops (csrc/cuda/emulation.h).
+  target_compile_options(c2c_ext_emulated PRIVATE -fno-strict-aliasing -Wno-unknown-pragmas)
   target_link_libraries(c2c_ext_emulated PRIVATE torch_cpu_shims)
   c2c_op_options(c2c_ext_emulated)
 endfunction()

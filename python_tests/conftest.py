@@ -27,7 +27,7 @@ collect_ignore = [] if "cuda" in DEVICES else ["test_cuda.py"]
 if not (Path(__file__).parent.parent / "csrc").exists():
     collect_ignore.append("test_cuda_resources.py")
     if "C2C_EMULATED_LIBRARY" not in os.environ:
-        collect_ignore.append("test_cuda_emulated.py")
+        collect_ignore += ["test_cuda_emulated.py", "test_cuda_fused_emulated.py"]
 
 KVPairs = list[tuple[Tensor, Tensor]]
 Shape = tuple[int, int]  # (heads, head dim)
