@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   };
 
   const int steps = (gemm.depth + Tile::kDepth - 1) / Tile::kDepth;
-#pragma unroll
+#pragma unroll 1
   for (int step = 0; step < Tile::kStages - 1; ++step) {
     if (step < steps) load(step);
     cp_async_commit();
