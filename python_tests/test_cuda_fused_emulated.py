@@ -48,7 +48,6 @@ from test_op import (
     test_kept_tokens_keep_every_bit,
     test_map_to_empty_sharer_copies,
     test_only_open_streams_are_written,
-    test_rounding_to_half_is_to_nearest_even,
     test_token_map,
 )
 from test_variants import test_compiled_variants_match_the_reference
@@ -71,7 +70,6 @@ __all__ = [
     "test_normalised_before_the_product_where_float16_would_overflow",
     "test_numbers_equal_reference",
     "test_only_open_streams_are_written",
-    "test_rounding_to_half_is_to_nearest_even",
     "test_rows_of_several_warps",
     "test_same_bits_in_both_thread_orders",
     "test_token_map",
@@ -87,8 +85,9 @@ ALIGNED = {
     "hidden_size": 136,
     "intermediate_size": 392,
 }
-# (batch, tokens): the last row of a tile and the first of the next, for every tile of fused_gemm.cu.
-ROWS = [(1, 1), (1, 16), (1, 17), (2, 16), (3, 11), (1, 64), (5, 13), (2, 64), (3, 43), (4, 48), (1, 193)]
+# (batch, tokens): the last row of a tile and the first of the next, for all of fused_gemm.cu.
+ROWS = [(1, 1), (1, 16), (1, 17), (2, 16), (3, 11), (1, 64), (5, 13), (2, 64), (3, 43), (4, 48)]
+ROWS += [(1, 193)]
 
 
 @pytest.fixture(autouse=True)
@@ -194,9 +193,7 @@ def test_bits_do_not_depend_on_the_other_tokens(name, dtype):
     for start, end in [(0, 1), (7, 23), (30, 60), (100, 164), (90, 200), (20, 200)]:
         window = [clone([(k[:, :, start:end], v[:, :, start:end])])[0] for k, v in base]
         read = [(k[:, :, start:end], v[:, :, start:end]) for k, v in sharer]
-        for x, y in zip(
-            flat(emulated.run_op(fuser, window, read)), flat(together), strict=True
-        ):
+        for x, y in zip(flat(emulated.run_op(fuser, window, read)), flat(together), strict=True):
             assert same_bits(x, y[:, :, start:end])
 
 

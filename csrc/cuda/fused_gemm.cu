@@ -1,10 +1,9 @@
 // Launches of the fused tensor-core path (fused_gemm.h), and its one kernel that is no matrix
 // product: the weights of the heads.
-#include "fused_gemm.h"
-
 #include <limits>
 
 #include "fused_gemm.cuh"
+#include "fused_gemm.h"
 #include "fused_inputs.cuh"
 #include "fused_outputs.cuh"
 
@@ -27,11 +26,12 @@ struct TileChoice {
   Tiles tiles;
 };
 constexpr int64_t kAnyRows = std::numeric_limits<int64_t>::max();
-constexpr TileChoice kTileTable[] = {{16, Tiles::k16},   {32, Tiles::k32},   {64, Tiles::k64},
-                                     {128, Tiles::k128}, {192, Tiles::k192}, {kAnyRows, Tiles::k128}};
-constexpr int kMaxWidth = 1 << 30;       // sums of two widths are int
-constexpr int kMaxGrid = 65535;          // blocks, down and deep
-constexpr int64_t kRowAlignment = 16;    // of every row of scratch, in bytes
+constexpr TileChoice kTileTable[] = {{16, Tiles::k16},   {32, Tiles::k32},
+                                     {64, Tiles::k64},   {128, Tiles::k128},
+                                     {192, Tiles::k192}, {kAnyRows, Tiles::k128}};
+constexpr int kMaxWidth = 1 << 30;     // sums of two widths are int
+constexpr int kMaxGrid = 65535;        // blocks, down and deep
+constexpr int64_t kRowAlignment = 16;  // of every row of scratch, in bytes
 
 int64_t parts(int64_t count, int64_t of) { return (count + of - 1) / of; }
 int64_t padded(int64_t cols) { return parts(cols, kVector) * kVector; }  // whole 16-byte vectors
@@ -51,9 +51,10 @@ RowBytes row_bytes(const FusedCall& c) {
           padded_bytes(c.weighting > 0 ? c.receiver.heads : 0)};
 }
 
-// ---- w = sigmoid(head_weight [z1 ; act_weight] + head_bias) ---------------------------------------
-// A warp takes kHeadRows rows x kHeads heads and holds the rows' inputs in registers. Sums in parts:
-// one long running sum would be less exact, and each logit scales a whole head.
+// ---- w = sigmoid(head_weight [z1 ; act_weight] + head_bias)
+// --------------------------------------- A warp takes kHeadRows rows x kHeads heads and holds the
+// rows' inputs in registers. Sums in parts: one long running sum would be less exact, and each
+// logit scales a whole head.
 constexpr int kHeadRows = 4, kHeads = 8, kHeadWarps = 8;
 static_assert(kHeadRows * kHeads == 32, "a lane writes one weight");
 
@@ -87,11 +88,11 @@ __global__ void __launch_bounds__(32 * kHeadWarps) head_weights_kernel(const Hea
     const auto column = input.column(k);
 #pragma unroll
     for (int r = 0; r < kHeadRows; ++r) {
-      const uint4 eight =
-          column.vector && r >= rows
-              ? uint4{0, 0, 0, 0}
-              : read_eight<T>(column.vector, r < rows ? depth - k : 0,
-                              [&](int i) { return input.address(input.column(k + i), r); });
+      const uint4 eight = column.vector && r >= rows
+                              ? uint4{0, 0, 0, 0}
+                              : read_eight<T>(column.vector, r < rows ? depth - k : 0, [&](int i) {
+                                  return input.address(input.column(k + i), r);
+                                });
       widen_eight<T>(eight, x[r]);
     }
 #pragma unroll
@@ -130,10 +131,10 @@ __global__ void __launch_bounds__(32 * kHeadWarps) head_weights_kernel(const Hea
   }
 }
 
-// ---- the stages, in the order of cpu/fuse_cpu.cpp ------------------------------------------------
-// z: z0, then z1, then what every further block of the projection makes of it, in place. y: what the
-// shared block has inside, then [act_proj | act_weight], act_proj being rewritten by each block. The
-// head is done before z1 is overwritten.
+// ---- the stages, in the order of cpu/fuse_cpu.cpp
+// ------------------------------------------------ z: z0, then z1, then what every further block of
+// the projection makes of it, in place. y: what the shared block has inside, then [act_proj |
+// act_weight], act_proj being rewritten by each block. The head is done before z1 is overwritten.
 template <class T, class Tile>
 class Stages {
  public:
@@ -160,10 +161,10 @@ class Stages {
     const int sharer_width = c_.sharer.heads * c_.sharer.dim;
     const int width = c_.receiver.heads * c_.receiver.dim;
     const int in = sharer_width + (c_.reads_receiver ? width : 0);
-    multiply("fused_in", CacheInput<T>{*c_.views, c_.tokens, c_.sharer, c_.receiver, c_.first_row, in},
-             w.in_weight, hidden_, in,
-             NormedOutput<T, false>{output(z_, hidden_), vector(w.in_bias, hidden_), squares_,
-                                    hidden_});
+    multiply(
+        "fused_in", CacheInput<T>{*c_.views, c_.tokens, c_.sharer, c_.receiver, c_.first_row, in},
+        w.in_weight, hidden_, in,
+        NormedOutput<T, false>{output(z_, hidden_), vector(w.in_bias, hidden_), squares_, hidden_});
     activated("fused_w1", w.w1, a_, inner_);
     residual("fused_w2", a_, w.w2);
     activated("fused_branches", w.branch_w1, y_, inner_ + weighting_);
@@ -174,10 +175,10 @@ class Stages {
     }
     const MatrixInput<T, 2> last =
         c_.folded ? side_by_side(y_, inner_, z_, hidden_) : side_by_side(z_, hidden_, z_, 0);
-    multiply("fused_out", last, w.out_weight, width, last.depth,
-             FusedOutput<T>{*c_.views, c_.tokens, c_.receiver, c_.first_row,
-                            vector(w.out_bias, width), weighting_ > 0 ? weights_ : nullptr, rows_,
-                            c_.integration, c_.accumulate});
+    multiply(
+        "fused_out", last, w.out_weight, width, last.depth,
+        FusedOutput<T>{*c_.views, c_.tokens, c_.receiver, c_.first_row, vector(w.out_bias, width),
+                       weighting_ > 0 ? weights_ : nullptr, rows_, c_.integration, c_.accumulate});
   }
 
  private:
@@ -231,14 +232,18 @@ class Stages {
     from.vector = from.vector && vectors(inner_);
     const int heads = c_.receiver.heads;
     const float* weight = vector(c_.weights.head_weight, int64_t{heads} * from.depth);
-    const HeadWeights<T> p{from, weight, vector(c_.weights.head_bias, heads), weights_, rows_, heads,
-                           from.depth % kVector == 0 &&
-                               reinterpret_cast<uintptr_t>(weight) % sizeof(uint4) == 0};
+    const HeadWeights<T> p{
+        from,
+        weight,
+        vector(c_.weights.head_bias, heads),
+        weights_,
+        rows_,
+        heads,
+        from.depth % kVector == 0 && reinterpret_cast<uintptr_t>(weight) % sizeof(uint4) == 0};
     const int64_t warps = parts(rows_, kHeadRows);
     const int64_t block = warps < kHeadWarps ? warps : kHeadWarps;
     const dim3 grid(static_cast<unsigned>(parts(warps, block)),
-                    static_cast<unsigned>(parts(heads, kHeads)),
-                    static_cast<unsigned>(c_.streams));
+                    static_cast<unsigned>(parts(heads, kHeads)), static_cast<unsigned>(c_.streams));
     launch("fused_head", head_weights_kernel<T>, grid, dim3(static_cast<unsigned>(32 * block)), 0,
            stream_, p);
   }

@@ -1,8 +1,8 @@
 // What the products of the fused path read: matrices, and caches where they lie.
 //
-// An input has kRowBytes of shared memory per row of a block, which prepare<Tile>(stream, first row,
-// rows, that memory) fills; block(..) gives column(k) and address(column, row), nullptr where the
-// input is zero. The column of 8 aligned bytes knows whether it may be read in one access.
+// An input has kRowBytes of shared memory per row of a block, which prepare<Tile>(stream, first
+// row, rows, that memory) fills; block(..) gives column(k) and address(column, row), nullptr where
+// the input is zero. The column of 8 aligned bytes knows whether it may be read in one access.
 #pragma once
 
 #include "fused_gemm.cuh"
@@ -53,8 +53,14 @@ struct MatrixInput {
     const auto at = [&](const Matrix<const T>& m) {
       return m.data + stream * m.stream_stride + first_row * m.row_stride;
     };
-    return {at(first), kParts == 1 ? nullptr : at(second),
-            first.row_stride, second.row_stride, rows, split, depth, vector};
+    return {at(first),
+            kParts == 1 ? nullptr : at(second),
+            first.row_stride,
+            second.row_stride,
+            rows,
+            split,
+            depth,
+            vector};
   }
 };
 
@@ -146,7 +152,11 @@ struct CacheInput {
     const StreamViews& views = streams.view[stream];
     const FlatHeads<const T> from(views.sharer, sharer.dim), to(views.base, base.dim);
     const int split = sharer.heads * sharer.dim;
-    return {from, to, split, depth, to.vector && split % kVector == 0,
+    return {from,
+            to,
+            split,
+            depth,
+            to.vector && split % kVector == 0,
             reinterpret_cast<const RowPlace*>(shared)};
   }
 };

@@ -239,8 +239,7 @@ struct ActivatedOutput {
     }
   };
   template <class Tile>
-  __device__ __forceinline__ void prepare(int stream, int first_row, int rows,
-                                          char* shared) const {
+  __device__ __forceinline__ void prepare(int stream, int first_row, int rows, char* shared) const {
     auto* const rstd = reinterpret_cast<float*>(shared);
     for (int r = static_cast<int>(threadIdx.x); r < rows; r += Tile::kThreads) {
       const float* from = squares.row(stream, first_row + r);
@@ -366,8 +365,7 @@ struct FusedOutput {
     }
   };
   template <class Tile>
-  __device__ __forceinline__ void prepare(int stream, int row, int block_rows,
-                                          char* shared) const {
+  __device__ __forceinline__ void prepare(int stream, int row, int block_rows, char* shared) const {
     auto* const places = reinterpret_cast<RowPlace*>(shared);
     for (int r = static_cast<int>(threadIdx.x); r < block_rows; r += Tile::kThreads) {
       places[r] = row_place(streams.view[stream], tokens, first_row + row + r);
