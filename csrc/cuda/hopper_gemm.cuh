@@ -3,10 +3,10 @@
 // A block computes 128 rows x 128 columns of one stream. Its last warp copies slices of 64 inputs,
 // three ahead, with the bulk tensor copy engine; two warpgroups multiply 64 rows each by all 128
 // columns (wgmma.m64n128k16, both operands in shared memory, float32 sums in 64 registers) and then
-// run the epilogue. Two blocks share a multiprocessor, so that one multiplies while the other is in
-// its epilogue: at 1024 inputs a tile takes 8,192 cycles of the tensor cores, and GELU of its 16,384
-// sums about 5,000 of the float32 units. A larger tile would read less from L2, but its sums fill
-// the registers: one block a multiprocessor, and the tensor cores idle during epilogues.
+// run the epilogue. Two blocks share a multiprocessor, so that one can multiply while the other is
+// in its epilogue: at 1024 inputs a tile takes 8,192 cycles of the tensor cores, and GELU of its
+// 16,384 sums some 5,000 of the float32 units. 128 x 256 would read a quarter less from L2, but its
+// sums fill the registers: one block a multiprocessor, and idle tensor cores during epilogues.
 //
 // 9 warps of at most 96 registers: 20 warps of 96 fit a multiprocessor (5 in each quarter), so two
 // blocks of 9. The copying warp is no warpgroup of its own, hence nothing is left to move between
@@ -14,6 +14,12 @@
 //
 // Grid: column tiles x row tiles x streams, columns fastest: the blocks that run at the same time
 // share rows of x and all of a stream's weight in L2.
+//
+// Prediction for the real shape (56 streams, 2048 rows, 1.73 TFLOP in five products), not measured:
+// at least 2.2 ms by the tensor cores (790 TFLOP/s) and 0.9 ms by memory. Blocks read 26.8 GB
+// through L2, which is the nearest limit: a published kernel with this tile and ring reached 500 to
+// 550 TFLOP/s on an H100, that is 8 TB/s. So 3.2 ms if epilogues hide behind the other block's
+// product, 4.2 ms if two blocks run in step and they do not.
 //
 // Under emulation the sums come from a plain loop: wgmma and the copy engine are not emulated, what
 // is before and behind them runs as it is.
