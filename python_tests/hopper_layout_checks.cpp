@@ -123,7 +123,7 @@ struct Barrier {
   bool passes(uint32_t parity) const { return (phase & 1) != parity; }
 };
 
-// multiply_tile of hopper_gemm.cuh, with copies that land, and warps that run, in random order.
+// copy_slices and multiply_slices of hopper_gemm.cuh, with copies that land, and warps that run, in random order.
 void run_barriers(int slices, std::mt19937& random) {
   std::vector<Barrier> full(kStages, Barrier(kFullArrivals));
   std::vector<Barrier> empty(kStages, Barrier(kEmptyArrivals));

@@ -1,5 +1,8 @@
-// What becomes of the sums of a Hopper product while they are in registers: one epilogue per stage.
-// Plain code over the layout of hopper_layout.h, which also runs under emulation.
+// What the sums of a Hopper product begin with and what becomes of them, in registers: one epilogue
+// per stage. Plain code over the layout of hopper_layout.h, which also runs under emulation.
+//
+// begin() is called before the product, while its first slices are on their way: what is added to
+// the sums is what they begin with. end() rounds and stores.
 //
 // A thread has 16 pairs of neighbouring columns in each of two rows, and the four lanes of a quad
 // have the same rows: a warp reads or writes eight rows of 16 consecutive bytes at once, the other
@@ -103,32 +106,84 @@ __device__ __forceinline__ float squares_of(uint32_t pair) {
 
 // ---- epilogues ---------------------------------------------------------------------------------
 
+// sums = bias, for both rows. 8-byte aligned.
+__device__ __forceinline__ void begin_with_bias(const float* bias, int cols, const Part& at,
+                                                float (&sums)[kSums]) {
+  const float* const from = bias + static_cast<int64_t>(at.stream) * cols + at.col;
+  C2C_HOPPER_UNROLL
+  for (int group = 0; group < kGroups; ++group) {
+    const float2 pair = *reinterpret_cast<const float2*>(from + 8 * group);
+    C2C_HOPPER_UNROLL
+    for (int lower = 0; lower < 2; ++lower) {
+      sums[sum_index(group, lower)] = pair.x;
+      sums[sum_index(group, lower) + 1] = pair.y;
+    }
+  }
+}
+
+// z = the rounded sums, and its sums of squares unless squares.data is null.
+template <class T>
+__device__ __forceinline__ void end_with_squares(const float (&sums)[kSums], const Part& at,
+                                                 const Matrices& z, const RowSquares& squares) {
+  C2C_HOPPER_UNROLL
+  for (int lower = 0; lower < 2; ++lower) {
+    const int row = at.row + 8 * lower;
+    float part = 0.f;
+    if (row < squares.rows) {
+      T* const to = element<T>(z, at.stream, row, at.col);
+      C2C_HOPPER_UNROLL
+      for (int group = 0; group < kGroups; ++group) {
+        const int i = sum_index(group, lower);
+        const uint32_t pair = round_pair(sums[i], sums[i + 1], T{});
+        store_pair(to + 8 * group, pair);
+        part += squares_of<T>(pair);
+      }
+    }
+    if (squares.data != nullptr) squares.write(part, at, row);
+  }
+}
+
+struct NoState {};
+
 template <class T>
 struct BiasEpilogue {
   Matrices z;
   const float* bias;
   RowSquares squares;
-  int rows, cols;
+  int cols;
 
-  __device__ __forceinline__ void operator()(const float (&sums)[kSums], const Part& at) const {
-    const float* const b = bias + static_cast<int64_t>(at.stream) * cols + at.col;
+  __device__ __forceinline__ NoState begin(float (&sums)[kSums], const Part& at) const {
+    begin_with_bias(bias, cols, at, sums);
+    return {};
+  }
+  __device__ __forceinline__ void end(const float (&sums)[kSums], const Part& at, NoState) const {
+    end_with_squares<T>(sums, at, z, squares);
+  }
+};
+
+template <class T>
+struct ResidualEpilogue {
+  Matrices z_in, z;  // may be one: what a thread reads, it alone writes, later
+  RowSquares squares;
+
+  __device__ __forceinline__ NoState begin(float (&sums)[kSums], const Part& at) const {
     C2C_HOPPER_UNROLL
     for (int lower = 0; lower < 2; ++lower) {
       const int row = at.row + 8 * lower;
-      float part = 0.f;
-      if (row < rows) {
-        T* const to = element<T>(z, at.stream, row, at.col);
-        C2C_HOPPER_UNROLL
-        for (int group = 0; group < kGroups; ++group) {
-          const int i = sum_index(group, lower);
-          const float2 add = *reinterpret_cast<const float2*>(b + 8 * group);
-          const uint32_t pair = round_pair(sums[i] + add.x, sums[i + 1] + add.y, T{});
-          store_pair(to + 8 * group, pair);
-          part += squares_of<T>(pair);
-        }
+      const bool exists = row < squares.rows;
+      const T* const from = element<T>(z_in, at.stream, exists ? row : 0, at.col);
+      C2C_HOPPER_UNROLL
+      for (int group = 0; group < kGroups; ++group) {
+        const int i = sum_index(group, lower);
+        const Pair add = widen_pair<T>(exists ? load_pair(from + 8 * group) : 0u);
+        sums[i] = add.first;
+        sums[i + 1] = add.second;
       }
-      squares.write(part, at, row);
     }
+    return {};
+  }
+  __device__ __forceinline__ void end(const float (&sums)[kSums], const Part& at, NoState) const {
+    end_with_squares<T>(sums, at, z, squares);
   }
 };
 
@@ -136,57 +191,45 @@ template <class T, Activation kActivation>
 struct ActivateEpilogue {
   RowSquares squares;  // of x
   Matrices first, second;
-  int rows, first_cols, depth;
+  int first_cols, depth;
 
-  __device__ __forceinline__ void operator()(const float (&sums)[kSums], const Part& at) const {
+  struct Scale {
+    float of_row[2];
+  };
+
+  __device__ __forceinline__ Scale begin(float (&sums)[kSums], const Part& at) const {
+    C2C_HOPPER_UNROLL
+    for (int i = 0; i < kSums; ++i) sums[i] = 0.f;
+    Scale scale;
+    C2C_HOPPER_UNROLL
+    for (int lower = 0; lower < 2; ++lower) {
+      const int row = at.row + 8 * lower;
+      const float* const parts = squares.of(at.stream, row < squares.rows ? row : 0);
+      float total = 0.f;
+      for (int tile = 0; tile < squares.tiles; ++tile) total += parts[tile];
+      scale.of_row[lower] =
+          1.f / std::sqrt(total / static_cast<float>(depth) + static_cast<float>(kRmsEps));
+    }
+    return scale;
+  }
+  // The norm's factor meets float32 sums, so that float16 cannot overflow before it.
+  __device__ __forceinline__ void end(const float (&sums)[kSums], const Part& at,
+                                      const Scale& scale) const {
     const bool in_first = at.col < first_cols;  // all of the tile
     const Matrices matrix = in_first ? first : second;
     const int col = in_first ? at.col : at.col - first_cols;
     C2C_HOPPER_UNROLL
     for (int lower = 0; lower < 2; ++lower) {
       const int row = at.row + 8 * lower;
-      if (row >= rows) continue;
-      const float* const parts = squares.of(at.stream, row);
-      float total = 0.f;
-      for (int tile = 0; tile < squares.tiles; ++tile) total += parts[tile];
-      // On the sums, not on x: float16 would lose small values before the product.
-      const float scale =
-          1.f / std::sqrt(total / static_cast<float>(depth) + static_cast<float>(kRmsEps));
+      if (row >= squares.rows) continue;
       T* const to = element<T>(matrix, at.stream, row, col);
       C2C_HOPPER_UNROLL
       for (int group = 0; group < kGroups; ++group) {
         const int i = sum_index(group, lower);
-        store_pair(to + 8 * group, round_pair(activate<kActivation>(scale * sums[i]),
-                                              activate<kActivation>(scale * sums[i + 1]), T{}));
+        store_pair(to + 8 * group,
+                   round_pair(activate<kActivation>(scale.of_row[lower] * sums[i]),
+                              activate<kActivation>(scale.of_row[lower] * sums[i + 1]), T{}));
       }
-    }
-  }
-};
-
-template <class T>
-struct ResidualEpilogue {
-  Matrices z_in, z;    // may be one
-  RowSquares squares;  // data null: no norm follows
-  int rows;
-
-  __device__ __forceinline__ void operator()(const float (&sums)[kSums], const Part& at) const {
-    C2C_HOPPER_UNROLL
-    for (int lower = 0; lower < 2; ++lower) {
-      const int row = at.row + 8 * lower;
-      float part = 0.f;
-      if (row < rows) {
-        const T* const from = element<T>(z_in, at.stream, row, at.col);
-        T* const to = element<T>(z, at.stream, row, at.col);
-        C2C_HOPPER_UNROLL
-        for (int group = 0; group < kGroups; ++group) {
-          const int i = sum_index(group, lower);
-          const Pair add = widen_pair<T>(load_pair(from + 8 * group));
-          const uint32_t pair = round_pair(sums[i] + add.first, sums[i + 1] + add.second, T{});
-          store_pair(to + 8 * group, pair);
-          part += squares_of<T>(pair);
-        }
-      }
-      if (squares.data != nullptr) squares.write(part, at, row);
     }
   }
 };
@@ -203,13 +246,33 @@ struct OutputEpilogue {
   int rows, cols;
   bool accumulate;
 
+  // Groups that are read before the first of them is written: the compiler cannot know that out
+  // does not overlap what is read next, and would wait for each.
+  static constexpr int kAtOnce = 8;
+
+  // A pair of channels; a group of eight columns lies in one head.
+  struct Channel {
+    int head, channel, dim;
+    __device__ __forceinline__ void next_group() {
+      channel += 8;
+      if (channel >= dim) channel -= dim, ++head;
+    }
+    __device__ __forceinline__ int64_t in(const CacheView& view) const {
+      return head * view.stride[1] + channel;
+    }
+  };
+
   // Batch row b, head 0, token n.
   __device__ __forceinline__ static T* token_of(const CacheView& view, int64_t b, int64_t n) {
     return static_cast<T*>(const_cast<void*>(view.data)) + b * view.stride[0] +
            n * view.stride[2];
   }
 
-  __device__ __forceinline__ void operator()(const float (&sums)[kSums], const Part& at) const {
+  __device__ __forceinline__ NoState begin(float (&sums)[kSums], const Part& at) const {
+    begin_with_bias(bias, cols, at, sums);
+    return {};
+  }
+  __device__ __forceinline__ void end(const float (&sums)[kSums], const Part& at, NoState) const {
     C2C_HOPPER_UNROLL
     for (int lower = 0; lower < 2; ++lower) {
       const int row = at.row + 8 * lower;
@@ -228,38 +291,39 @@ struct OutputEpilogue {
 
     const T* const base = token_of(view.base, b, n);
     T* const out = token_of(view.out, b, n);
-    const float* const p_bias = bias + static_cast<int64_t>(at.stream) * cols + at.col;
     const float* const row_logits =
-        logits == nullptr
-            ? nullptr
-            : logits + (static_cast<int64_t>(at.stream) * rows + row) * shape.heads;
+        logits + (static_cast<int64_t>(at.stream) * rows + row) * shape.heads;
     const float* const logit_bias = head_bias + static_cast<int64_t>(at.stream) * shape.heads;
-    int head = at.col / shape.dim, channel = at.col % shape.dim;
+    Channel channel{at.col / shape.dim, at.col % shape.dim, shape.dim};
     float w = 1.f;
     C2C_HOPPER_UNROLL
-    for (int group = 0; group < kGroups; ++group) {
-      if (group > 0) {  // a group lies in one head
-        channel += 8;
-        if (channel >= shape.dim) channel -= shape.dim, ++head;
+    for (int first = 0; first < kGroups; first += kAtOnce) {
+      uint32_t base_pair[kAtOnce], from_pair[kAtOnce];
+      Channel read = channel;
+      C2C_HOPPER_UNROLL
+      for (int k = 0; k < kAtOnce; ++k, read.next_group()) {
+        base_pair[k] = load_pair(base + read.in(view.base));
+        from_pair[k] = accumulate ? load_pair(out + read.in(view.out)) : base_pair[k];
       }
-      const T* const t_at = base + head * view.base.stride[1] + channel;
-      T* const out_at = out + head * view.out.stride[1] + channel;
-      if (stays) {
-        store_pair(out_at, load_pair(t_at));
-        continue;
+      C2C_HOPPER_UNROLL
+      for (int k = 0; k < kAtOnce; ++k, channel.next_group()) {
+        T* const to = out + channel.in(view.out);
+        if (stays) {
+          store_pair(to, base_pair[k]);
+          continue;
+        }
+        const bool enters_head = first + k == 0 || channel.channel < 8;
+        if (logits != nullptr && enters_head) {
+          w = sigmoid(row_logits[channel.head] + logit_bias[channel.head]);
+        }
+        const int i = sum_index(first + k, lower);
+        const Pair t = widen_pair<T>(base_pair[k]), from = widen_pair<T>(from_pair[k]);
+        store_pair(to, round_pair(integrate<kIntegration>(from.first, t.first, w, sums[i],
+                                                          accumulate),
+                                  integrate<kIntegration>(from.second, t.second, w, sums[i + 1],
+                                                          accumulate),
+                                  T{}));
       }
-      if (logits != nullptr && (group == 0 || channel < 8)) {
-        w = sigmoid(row_logits[head] + logit_bias[head]);
-      }
-      const int i = sum_index(group, lower);
-      const float2 add = *reinterpret_cast<const float2*>(p_bias + 8 * group);
-      const Pair t = widen_pair<T>(load_pair(t_at));
-      const Pair from = accumulate ? widen_pair<T>(load_pair(out_at)) : t;
-      const float first =
-          integrate<kIntegration>(from.first, t.first, w, sums[i] + add.x, accumulate);
-      const float second =
-          integrate<kIntegration>(from.second, t.second, w, sums[i + 1] + add.y, accumulate);
-      store_pair(out_at, round_pair(first, second, T{}));
     }
   }
 };

@@ -114,8 +114,7 @@ void launch_hopper_bias(const HopperProduct& p, const float* bias, const Matrice
   with_type(p.type, [&](auto zero) {
     using T = decltype(zero);
     run<T>("hopper_bias", p,
-           BiasEpilogue<T>{
-               z, bias, RowSquares{squares, p.rows, p.cols / hopper::kTileCols}, p.rows, p.cols},
+           BiasEpilogue<T>{z, bias, RowSquares{squares, p.rows, p.cols / hopper::kTileCols}, p.cols},
            stream);
   });
 }
@@ -129,14 +128,14 @@ void launch_hopper_activate(const HopperProduct& p, Activation activation, const
     const auto with = [&](auto epilogue) { run<T>("hopper_activate", p, epilogue, stream); };
     switch (activation) {
       case Activation::kGelu:
-        return with(ActivateEpilogue<T, Activation::kGelu>{of_x, first, second, p.rows, first_cols,
-                                                           p.depth});
+        return with(
+            ActivateEpilogue<T, Activation::kGelu>{of_x, first, second, first_cols, p.depth});
       case Activation::kRelu:
-        return with(ActivateEpilogue<T, Activation::kRelu>{of_x, first, second, p.rows, first_cols,
-                                                           p.depth});
+        return with(
+            ActivateEpilogue<T, Activation::kRelu>{of_x, first, second, first_cols, p.depth});
       case Activation::kSilu:
-        return with(ActivateEpilogue<T, Activation::kSilu>{of_x, first, second, p.rows, first_cols,
-                                                           p.depth});
+        return with(
+            ActivateEpilogue<T, Activation::kSilu>{of_x, first, second, first_cols, p.depth});
     }
   });
 }
@@ -146,8 +145,8 @@ void launch_hopper_residual(const HopperProduct& p, const Matrices& z_in, const 
   with_type(p.type, [&](auto zero) {
     using T = decltype(zero);
     run<T>("hopper_residual", p,
-           ResidualEpilogue<T>{
-               z_in, z, RowSquares{squares, p.rows, p.cols / hopper::kTileCols}, p.rows},
+           ResidualEpilogue<T>{z_in, z,
+                               RowSquares{squares, p.rows, p.cols / hopper::kTileCols}},
            stream);
   });
 }

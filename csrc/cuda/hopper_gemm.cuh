@@ -53,80 +53,98 @@ struct Operand {
   }
 };
 
+struct Ring {};
+inline Ring open_ring() { return {}; }
+inline void copy_slices(const Ring&, const Operand&, const Operand&, int) {}
+
 template <class T>
-bool multiply_tile(const Operand& x, const Operand& weight, int, float (&sums)[kSums]) {
-  const int thread = static_cast<int>(threadIdx.x), stream = static_cast<int>(blockIdx.z);
-  if (thread >= kConsumerThreads) return false;
-  const int first_row = static_cast<int>(blockIdx.y) * kTileRows + thread_row(thread);
-  const int first_col = static_cast<int>(blockIdx.x) * kTileCols + thread_col(thread);
+void multiply_slices(const Ring&, const Operand& x, const Operand& weight, int, const Part& at,
+                     float (&sums)[kSums]) {
   for (int i = 0; i < kSums; ++i) {
-    const T* const a = x.row<T>(stream, first_row + i / 2 % 2 * 8);
-    const T* const b = weight.row<T>(stream, first_col + i / 4 * 8 + i % 2);
+    const T* const a = x.row<T>(at.stream, at.row + i / 2 % 2 * 8);
+    const T* const b = weight.row<T>(at.stream, at.col + i / 4 * 8 + i % 2);
     if (a == nullptr || b == nullptr) continue;
     for (int k = 0; k < x.depth; ++k) sums[i] += widen(a[k]) * widen(b[k]);
   }
-  return true;
 }
 
 #else
 
 using Operand = CUtensorMap;
 
-// Adds the block's tile to this thread's sums; false for the warp that copies, which has none.
-template <class T>
-__device__ __forceinline__ bool multiply_tile(const Operand& x, const Operand& weight, int slices,
-                                              float (&sums)[kSums]) {
+// The slices in shared memory and their barriers, as addresses.
+struct Ring {
+  uint32_t stages, barriers;
+
+  __device__ __forceinline__ uint32_t x(int slice) const {
+    return stages + x_offset(stage_of(slice));
+  }
+  __device__ __forceinline__ uint32_t weight(int slice) const {
+    return stages + weight_offset(stage_of(slice));
+  }
+  __device__ __forceinline__ uint32_t full(int slice) const {
+    return barriers + stage_of(slice) * 8;
+  }
+  __device__ __forceinline__ uint32_t empty(int slice) const {
+    return barriers + (kStages + stage_of(slice)) * 8;
+  }
+};
+
+// All threads of the block.
+__device__ __forceinline__ Ring open_ring() {
   __shared__ uint64_t barriers[2 * kStages];
-  const uint32_t stages = align_stages(shared_address(dynamic_shared<unsigned char>()));
-  const auto full = [&](int slice) { return shared_address(barriers + stage_of(slice)); };
-  const auto empty = [&](int slice) { return shared_address(barriers + kStages + stage_of(slice)); };
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      init_barrier(full(stage), kFullArrivals);
-      init_barrier(empty(stage), kEmptyArrivals);
+  const Ring ring{align_stages(shared_address(dynamic_shared<unsigned char>())),
+                  shared_address(barriers)};
+  if (threadIdx.x == 0) {
+    for (int slice = 0; slice < kStages; ++slice) {
+      init_barrier(ring.full(slice), kFullArrivals);
+      init_barrier(ring.empty(slice), kEmptyArrivals);
     }
     fence_barrier_init();
   }
   __syncthreads();
+  return ring;
+}
 
-  if (thread >= kConsumerThreads) {
-    if (thread > kConsumerThreads) return false;
-    const int row = static_cast<int>(blockIdx.y) * kTileRows;
-    const int col = static_cast<int>(blockIdx.x) * kTileCols;
-    const int stream = static_cast<int>(blockIdx.z);
-    for (int slice = 0; slice < slices; ++slice) {
-      const int stage = stage_of(slice);
-      wait_barrier(empty(slice), empty_parity(slice));
-      arrive_expecting(full(slice), kStageBytes);
-      copy_box(stages + x_offset(stage), &x, slice * kSlice, row, stream, full(slice));
-      copy_box(stages + weight_offset(stage), &weight, slice * kSlice, col, stream, full(slice));
-    }
-    return false;
-  }
-
-  const int consumer = thread / kWarpgroup;
-  const bool first_lane = thread % 32 == 0;
+// The warp behind the consumers, of which one thread does it all.
+__device__ __forceinline__ void copy_slices(const Ring& ring, const Operand& x,
+                                            const Operand& weight, int slices) {
+  if (threadIdx.x != kConsumerThreads) return;
+  const int row = static_cast<int>(blockIdx.y) * kTileRows;
+  const int col = static_cast<int>(blockIdx.x) * kTileCols;
+  const int stream = static_cast<int>(blockIdx.z);
 #pragma unroll 1
   for (int slice = 0; slice < slices; ++slice) {
-    const uint32_t x_rows = stages + x_offset(stage_of(slice));
-    const uint32_t weight_rows = stages + weight_offset(stage_of(slice));
-    wait_barrier(full(slice), full_parity(slice));
+    wait_barrier(ring.empty(slice), empty_parity(slice));
+    arrive_expecting(ring.full(slice), kStageBytes);
+    copy_box(ring.x(slice), &x, slice * kSlice, row, stream, ring.full(slice));
+    copy_box(ring.weight(slice), &weight, slice * kSlice, col, stream, ring.full(slice));
+  }
+}
+
+// A consumer warpgroup's rows; adds to the sums.
+template <class T>
+__device__ __forceinline__ void multiply_slices(const Ring& ring, const Operand&, const Operand&,
+                                                int slices, const Part&, float (&sums)[kSums]) {
+  const int consumer = static_cast<int>(threadIdx.x) / kWarpgroup;
+  const bool first_lane = threadIdx.x % 32 == 0;
+#pragma unroll 1
+  for (int slice = 0; slice < slices; ++slice) {
+    wait_barrier(ring.full(slice), full_parity(slice));
     fence_products();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      multiply(sums, operand_descriptor(x_rows + operand_offset(consumer, step)),
-               operand_descriptor(weight_rows + operand_offset(0, step)), T{});
+      multiply(sums, operand_descriptor(ring.x(slice) + operand_offset(consumer, step)),
+               operand_descriptor(ring.weight(slice) + operand_offset(0, step)), T{});
     }
     commit_products();
-    // All but this slice's products are done: the one before has been read. The tensor cores have
-    // this slice to do meanwhile.
+    // All but this slice's products are done: the slice before has been read. The tensor cores have
+    // this one to do meanwhile.
     wait_products<1>();
-    if (slice > 0) arrive_if(first_lane, empty(slice - 1));
+    if (slice > 0) arrive_if(first_lane, ring.empty(slice - 1));
   }
   wait_products<0>();
   settle(sums);
-  return true;
 }
 
 #endif
@@ -136,12 +154,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     hopper_gemm_kernel(const __grid_constant__ Operand x, const __grid_constant__ Operand weight,
                        int slices, const __grid_constant__ Epilogue epilogue) {
 #if defined(C2C_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  float sums[kSums] = {};
-  if (!multiply_tile<T>(x, weight, slices, sums)) return;
   const int thread = static_cast<int>(threadIdx.x);
-  epilogue(sums, Part{static_cast<int>(blockIdx.z),
-                      static_cast<int>(blockIdx.y) * kTileRows + thread_row(thread),
-                      static_cast<int>(blockIdx.x) * kTileCols + thread_col(thread)});
+  const Ring ring = open_ring();
+  if (thread >= kConsumerThreads) {
+    copy_slices(ring, x, weight, slices);
+  } else {
+    const Part at{static_cast<int>(blockIdx.z),
+                  static_cast<int>(blockIdx.y) * kTileRows + thread_row(thread),
+                  static_cast<int>(blockIdx.x) * kTileCols + thread_col(thread)};
+    float sums[kSums];
+    const auto state = epilogue.begin(sums, at);
+    multiply_slices<T>(ring, x, weight, slices, at, sums);
+    epilogue.end(sums, at, state);
+  }
 #elif defined(__CUDA_ARCH__)
   __trap();  // check_hopper_device keeps the host from coming here
 #endif
