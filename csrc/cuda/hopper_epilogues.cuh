@@ -169,13 +169,15 @@ struct ResidualEpilogue {
   __device__ __forceinline__ NoState begin(float (&sums)[kSums], const Part& at) const {
     C2C_HOPPER_UNROLL
     for (int lower = 0; lower < 2; ++lower) {
+      // Behind the last row the last one again, which is not stored: no branch between threads, for
+      // the compiler runs products one by one where a branch writes the sums that they begin with.
       const int row = at.row + 8 * lower;
-      const bool exists = row < squares.rows;
-      const T* const from = element<T>(z_in, at.stream, exists ? row : 0, at.col);
+      const T* const from =
+          element<T>(z_in, at.stream, row < squares.rows ? row : squares.rows - 1, at.col);
       C2C_HOPPER_UNROLL
       for (int group = 0; group < kGroups; ++group) {
         const int i = sum_index(group, lower);
-        const Pair add = widen_pair<T>(exists ? load_pair(from + 8 * group) : 0u);
+        const Pair add = widen_pair<T>(load_pair(from + 8 * group));
         sums[i] = add.first;
         sums[i + 1] = add.second;
       }
@@ -247,83 +249,81 @@ struct OutputEpilogue {
   bool accumulate;
 
   // Groups that are read before the first of them is written: the compiler cannot know that out
-  // does not overlap what is read next, and would wait for each.
-  static constexpr int kAtOnce = 8;
+  // does not overlap what is read next, and would wait for each. They lie in one head.
+  static constexpr int kAtOnce = 4;
 
-  // A pair of channels; a group of eight columns lies in one head.
-  struct Channel {
-    int head, channel, dim;
-    __device__ __forceinline__ void next_group() {
-      channel += 8;
-      if (channel >= dim) channel -= dim, ++head;
-    }
-    __device__ __forceinline__ int64_t in(const CacheView& view) const {
-      return head * view.stride[1] + channel;
-    }
+  // Where the tokens of both rows are. Found before the product: divisions need registers.
+  struct Places {
+    int batch[2], token[2];
+    bool stays[2];  // no token of the sharer goes with it
   };
 
-  // Batch row b, head 0, token n.
-  __device__ __forceinline__ static T* token_of(const CacheView& view, int64_t b, int64_t n) {
-    return static_cast<T*>(const_cast<void*>(view.data)) + b * view.stride[0] +
-           n * view.stride[2];
-  }
-
-  __device__ __forceinline__ NoState begin(float (&sums)[kSums], const Part& at) const {
+  __device__ __forceinline__ Places begin(float (&sums)[kSums], const Part& at) const {
+    Places places;
+    C2C_HOPPER_UNROLL
+    for (int lower = 0; lower < 2; ++lower) {
+      const int row = at.row + 8 * lower < rows ? at.row + 8 * lower : rows - 1;
+      const int64_t b = (first_row + row) / tokens.tokens, n = (first_row + row) % tokens.tokens;
+      const int64_t source = tokens.map == nullptr
+                                 ? n
+                                 : tokens.map[b * tokens.batch_stride + n * tokens.token_stride];
+      places.batch[lower] = static_cast<int>(b);
+      places.token[lower] = static_cast<int>(n);
+      places.stays[lower] = source < 0 || source >= tokens.sharer_tokens;
+    }
     begin_with_bias(bias, cols, at, sums);
-    return {};
+    return places;
   }
-  __device__ __forceinline__ void end(const float (&sums)[kSums], const Part& at, NoState) const {
+  __device__ __forceinline__ void end(const float (&sums)[kSums], const Part& at,
+                                      const Places& places) const {
     C2C_HOPPER_UNROLL
     for (int lower = 0; lower < 2; ++lower) {
       const int row = at.row + 8 * lower;
-      if (row < rows) write_row(sums, at, lower, row);
+      if (row < rows) write_row(sums, at, lower, row, places);
     }
   }
 
+  // Head 0, channel 0.
+  __device__ __forceinline__ static T* token_of(const CacheView& view, int batch, int token) {
+    return static_cast<T*>(const_cast<void*>(view.data)) + batch * view.stride[0] +
+           token * view.stride[2];
+  }
+
   __device__ __forceinline__ void write_row(const float (&sums)[kSums], const Part& at, int lower,
-                                            int row) const {
+                                            int row, const Places& places) const {
     const StreamViews& view = streams.view[at.stream];
-    const int64_t m = first_row + row, b = m / tokens.tokens, n = m % tokens.tokens;
-    const int64_t source =
-        tokens.map == nullptr ? n : tokens.map[b * tokens.batch_stride + n * tokens.token_stride];
-    const bool stays = source < 0 || source >= tokens.sharer_tokens;
+    const bool stays = places.stays[lower];
     if (stays && (accumulate || view.base.data == view.out.data)) return;
 
-    const T* const base = token_of(view.base, b, n);
-    T* const out = token_of(view.out, b, n);
+    const T* const base = token_of(view.base, places.batch[lower], places.token[lower]);
+    T* const out = token_of(view.out, places.batch[lower], places.token[lower]);
     const float* const row_logits =
         logits + (static_cast<int64_t>(at.stream) * rows + row) * shape.heads;
     const float* const logit_bias = head_bias + static_cast<int64_t>(at.stream) * shape.heads;
-    Channel channel{at.col / shape.dim, at.col % shape.dim, shape.dim};
-    float w = 1.f;
+    int head = at.col / shape.dim, channel = at.col % shape.dim;
     C2C_HOPPER_UNROLL
     for (int first = 0; first < kGroups; first += kAtOnce) {
+      const T* const t_at = base + head * view.base.stride[1] + channel;
+      T* const out_at = out + head * view.out.stride[1] + channel;
       uint32_t base_pair[kAtOnce], from_pair[kAtOnce];
-      Channel read = channel;
       C2C_HOPPER_UNROLL
-      for (int k = 0; k < kAtOnce; ++k, read.next_group()) {
-        base_pair[k] = load_pair(base + read.in(view.base));
-        from_pair[k] = accumulate ? load_pair(out + read.in(view.out)) : base_pair[k];
+      for (int k = 0; k < kAtOnce; ++k) {
+        base_pair[k] = load_pair(t_at + 8 * k);
+        from_pair[k] = accumulate ? load_pair(out_at + 8 * k) : base_pair[k];
       }
+      const float w = logits == nullptr ? 1.f : sigmoid(row_logits[head] + logit_bias[head]);
       C2C_HOPPER_UNROLL
-      for (int k = 0; k < kAtOnce; ++k, channel.next_group()) {
-        T* const to = out + channel.in(view.out);
-        if (stays) {
-          store_pair(to, base_pair[k]);
-          continue;
-        }
-        const bool enters_head = first + k == 0 || channel.channel < 8;
-        if (logits != nullptr && enters_head) {
-          w = sigmoid(row_logits[channel.head] + logit_bias[channel.head]);
-        }
+      for (int k = 0; k < kAtOnce; ++k) {
         const int i = sum_index(first + k, lower);
         const Pair t = widen_pair<T>(base_pair[k]), from = widen_pair<T>(from_pair[k]);
-        store_pair(to, round_pair(integrate<kIntegration>(from.first, t.first, w, sums[i],
-                                                          accumulate),
-                                  integrate<kIntegration>(from.second, t.second, w, sums[i + 1],
-                                                          accumulate),
-                                  T{}));
+        const uint32_t fused =
+            round_pair(integrate<kIntegration>(from.first, t.first, w, sums[i], accumulate),
+                       integrate<kIntegration>(from.second, t.second, w, sums[i + 1], accumulate),
+                       T{});
+        store_pair(out_at + 8 * k, stays ? base_pair[k] : fused);
       }
+      channel += 8 * kAtOnce;
+      if (channel >= shape.dim) channel -= shape.dim, ++head;
     }
   }
 };

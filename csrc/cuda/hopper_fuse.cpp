@@ -160,7 +160,7 @@ std::string hopper_obstacle(const FusedCall& c) {
   for (const std::string& rule :
        {multiple("hidden", kTile, c.hidden), multiple("inner", kTile, c.inner),
         multiple("receiver_heads times receiver_dim", kTile, width(c.receiver)),
-        multiple("receiver_dim", 8, c.receiver.dim),
+        multiple("receiver_dim", 32, c.receiver.dim),
         multiple("the input's width", 8, input_width(c))}) {
     if (!rule.empty()) return rule;
   }

@@ -128,6 +128,7 @@ __device__ __forceinline__ void multiply_slices(const Ring& ring, const Operand&
                                                 int slices, const Part&, float (&sums)[kSums]) {
   const int consumer = static_cast<int>(threadIdx.x) / kWarpgroup;
   const bool first_lane = threadIdx.x % 32 == 0;
+  settle(sums);
 #pragma unroll 1
   for (int slice = 0; slice < slices; ++slice) {
     wait_barrier(ring.full(slice), full_parity(slice));

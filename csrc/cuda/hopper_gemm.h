@@ -49,7 +49,7 @@ void launch_hopper_residual(const HopperProduct& product,
                             float* squares, cudaStream_t stream);
 
 struct HopperOutput {
-  HeadShape receiver;  // cols = heads * dim, dim a multiple of 8
+  HeadShape receiver;  // cols = heads * dim, dim a multiple of 32
   Tokens tokens;
   int64_t first_row;        // of the launch's rows among those of the call
   const float* bias;        // [streams, cols]
