@@ -236,7 +236,7 @@ struct ActivateEpilogue {
   }
 };
 
-template <class T, Integration kIntegration>
+template <class T, Integration kIntegration, bool kAccumulate>
 struct OutputEpilogue {
   Streams streams;
   Tokens tokens;
@@ -246,40 +246,21 @@ struct OutputEpilogue {
   const float* logits;
   const float* head_bias;
   int rows, cols;
-  bool accumulate;
 
   // Groups that are read before the first of them is written: the compiler cannot know that out
-  // does not overlap what is read next, and would wait for each. They lie in one head.
-  static constexpr int kAtOnce = 4;
+  // does not overlap what is read next, and would wait for each. As many as there are registers
+  // for; they lie in one head.
+  static constexpr int kAtOnce = kAccumulate ? 2 : 4;
 
-  // Where the tokens of both rows are. Found before the product: divisions need registers.
-  struct Places {
-    int batch[2], token[2];
-    bool stays[2];  // no token of the sharer goes with it
-  };
-
-  __device__ __forceinline__ Places begin(float (&sums)[kSums], const Part& at) const {
-    Places places;
-    C2C_HOPPER_UNROLL
-    for (int lower = 0; lower < 2; ++lower) {
-      const int row = at.row + 8 * lower < rows ? at.row + 8 * lower : rows - 1;
-      const int64_t b = (first_row + row) / tokens.tokens, n = (first_row + row) % tokens.tokens;
-      const int64_t source = tokens.map == nullptr
-                                 ? n
-                                 : tokens.map[b * tokens.batch_stride + n * tokens.token_stride];
-      places.batch[lower] = static_cast<int>(b);
-      places.token[lower] = static_cast<int>(n);
-      places.stays[lower] = source < 0 || source >= tokens.sharer_tokens;
-    }
+  __device__ __forceinline__ NoState begin(float (&sums)[kSums], const Part& at) const {
     begin_with_bias(bias, cols, at, sums);
-    return places;
+    return {};
   }
-  __device__ __forceinline__ void end(const float (&sums)[kSums], const Part& at,
-                                      const Places& places) const {
+  __device__ __forceinline__ void end(const float (&sums)[kSums], const Part& at, NoState) const {
     C2C_HOPPER_UNROLL
     for (int lower = 0; lower < 2; ++lower) {
       const int row = at.row + 8 * lower;
-      if (row < rows) write_row(sums, at, lower, row, places);
+      if (row < rows) write_row(sums, at, lower, row);
     }
   }
 
@@ -289,41 +270,56 @@ struct OutputEpilogue {
            token * view.stride[2];
   }
 
-  __device__ __forceinline__ void write_row(const float (&sums)[kSums], const Part& at, int lower,
-                                            int row, const Places& places) const {
-    const StreamViews& view = streams.view[at.stream];
-    const bool stays = places.stays[lower];
-    if (stays && (accumulate || view.base.data == view.out.data)) return;
+  __device__ __forceinline__ float weight(int stream, int row, int head) const {
+    const int64_t heads = shape.heads;
+    return sigmoid(logits[(static_cast<int64_t>(stream) * rows + row) * heads + head] +
+                   head_bias[stream * heads + head]);
+  }
 
-    const T* const base = token_of(view.base, places.batch[lower], places.token[lower]);
-    T* const out = token_of(view.out, places.batch[lower], places.token[lower]);
-    const float* const row_logits =
-        logits + (static_cast<int64_t>(at.stream) * rows + row) * shape.heads;
-    const float* const logit_bias = head_bias + static_cast<int64_t>(at.stream) * shape.heads;
-    int head = at.col / shape.dim, channel = at.col % shape.dim;
+  __device__ __forceinline__ void write_row(const float (&sums)[kSums], const Part& at, int lower,
+                                            int row) const {
+    const StreamViews& view = streams.view[at.stream];
+    const auto m = static_cast<uint32_t>(first_row + row);  // 32 bits divide in fewer registers
+    const auto batch = static_cast<int>(m / static_cast<uint32_t>(tokens.tokens));
+    const auto token = static_cast<int>(m % static_cast<uint32_t>(tokens.tokens));
+    const int64_t source =
+        tokens.map == nullptr
+            ? token
+            : tokens.map[batch * tokens.batch_stride + token * tokens.token_stride];
+    const bool stays = source < 0 || source >= tokens.sharer_tokens;
+    if (stays && (kAccumulate || view.base.data == view.out.data)) return;
+
+    int head = at.col / shape.dim;
+    int channel = at.col % shape.dim;
+    const T* t_at = token_of(view.base, batch, token) +
+                    head * view.base.stride[1] + channel;
+    T* out_at = token_of(view.out, batch, token) +
+                head * view.out.stride[1] + channel;
     C2C_HOPPER_UNROLL
     for (int first = 0; first < kGroups; first += kAtOnce) {
-      const T* const t_at = base + head * view.base.stride[1] + channel;
-      T* const out_at = out + head * view.out.stride[1] + channel;
       uint32_t base_pair[kAtOnce], from_pair[kAtOnce];
       C2C_HOPPER_UNROLL
       for (int k = 0; k < kAtOnce; ++k) {
         base_pair[k] = load_pair(t_at + 8 * k);
-        from_pair[k] = accumulate ? load_pair(out_at + 8 * k) : base_pair[k];
+        from_pair[k] = kAccumulate ? load_pair(out_at + 8 * k) : base_pair[k];
       }
-      const float w = logits == nullptr ? 1.f : sigmoid(row_logits[head] + logit_bias[head]);
+      const float w = logits == nullptr ? 1.f : weight(at.stream, row, head);
       C2C_HOPPER_UNROLL
       for (int k = 0; k < kAtOnce; ++k) {
         const int i = sum_index(first + k, lower);
         const Pair t = widen_pair<T>(base_pair[k]), from = widen_pair<T>(from_pair[k]);
         const uint32_t fused =
-            round_pair(integrate<kIntegration>(from.first, t.first, w, sums[i], accumulate),
-                       integrate<kIntegration>(from.second, t.second, w, sums[i + 1], accumulate),
+            round_pair(integrate<kIntegration>(from.first, t.first, w, sums[i], kAccumulate),
+                       integrate<kIntegration>(from.second, t.second, w, sums[i + 1], kAccumulate),
                        T{});
         store_pair(out_at + 8 * k, stays ? base_pair[k] : fused);
       }
       channel += 8 * kAtOnce;
-      if (channel >= shape.dim) channel -= shape.dim, ++head;
+      const bool next_head = channel >= shape.dim;
+      channel -= next_head ? shape.dim : 0;
+      t_at += 8 * kAtOnce + (next_head ? view.base.stride[1] - shape.dim : 0);
+      out_at += 8 * kAtOnce + (next_head ? view.out.stride[1] - shape.dim : 0);
+      head += next_head;
     }
   }
 };

@@ -170,6 +170,10 @@ std::string hopper_obstacle(const FusedCall& c) {
            std::to_string(kMaxRows) + " rows, got " + std::to_string(c.streams) + " and " +
            std::to_string(c.rows);
   }
+  if (c.tokens.batch * c.tokens.tokens > INT32_MAX) {
+    return "batch times tokens must be below 2^31, got " +
+           std::to_string(c.tokens.batch * c.tokens.tokens);
+  }
   const FusedWeights& w = c.weights;
   bool all_aligned = aligned(w.in_weight, 16) && aligned(w.w1, 16) && aligned(w.w2, 16) &&
                      aligned(w.branch_w1, 16) && aligned(w.out_weight, 16) &&

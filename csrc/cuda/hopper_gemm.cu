@@ -155,12 +155,16 @@ void launch_hopper_output(const HopperProduct& p, const Streams& streams, const 
                           cudaStream_t stream) {
   with_type(p.type, [&](auto zero) {
     using T = decltype(zero);
-    const auto with = [&](auto integration) {
+    const auto with_both = [&](auto integration, auto accumulate) {
       run<T>("hopper_output", p,
-             OutputEpilogue<T, decltype(integration)::value>{
+             OutputEpilogue<T, decltype(integration)::value, decltype(accumulate)::value>{
                  streams, o.tokens, o.receiver, o.first_row, o.bias, o.logits, o.head_bias, p.rows,
-                 p.cols, o.accumulate},
+                 p.cols},
              stream);
+    };
+    const auto with = [&](auto integration) {
+      return o.accumulate ? with_both(integration, std::true_type{})
+                          : with_both(integration, std::false_type{});
     };
     switch (o.integration) {
       case Integration::kResidual:
