@@ -5,6 +5,9 @@
 # nvcc is called by its own commands and not as CMake's language CUDA, so that a trial decides
 # whether it can be used, and `auto` goes on without it.
 
+if(POLICY CMP0116)
+  cmake_policy(SET CMP0116 NEW)  # nvcc's depfiles name objects by their whole path
+endif()
 set(C2C_EXT_CUDA "auto" CACHE STRING "build the CUDA part: auto (if nvcc works), 1, 0")
 set_property(CACHE C2C_EXT_CUDA PROPERTY STRINGS auto 1 0)
 set(C2C_EXT_CUDA_ARCHITECTURES "80-real;90a-real;90-virtual" CACHE STRING
