@@ -223,6 +223,11 @@ def test_golden_as_good_as_plain(name, j, dtype):
     assert_fused(fuser, base, sharer, ours, differs=False)
 
 
+@pytest.mark.parametrize("j", test_golden.REAL_EVAL_CASES)
+def test_golden_real_shape_as_good_as_plain(j):
+    test_golden.test_real_shape_as_good_as_plain(j, torch.bfloat16, "bf16run")
+
+
 def test_fused_kernels_run_where_they_were_asked_for(dtype, monkeypatch):
     """The two paths round at other places."""
     config = make_config(**ALIGNED)
