@@ -16,10 +16,12 @@
 
 #include "../csrc/cuda/hopper_gemm.h"
 
+// A name and no using directive outside: nvcc takes scalar_math.h's unnamed namespace for this
+// file's.
+namespace selfcheck {
+
 using namespace c2c;
 using namespace c2c::cuda;
-
-namespace {
 
 void require(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
@@ -272,14 +274,10 @@ void check_output(Stage<T>& s, const std::string& name, double eps) {
     const bool accumulate = variant % 2 == 1;
     randomize(out, 1.f);
     const auto before = out.host();
-    const HopperOutput output{kHeads,
-                              {map.data, kTokens, 1, batch, kTokens, 50},
-                              0,
-                              s.bias.data,
-                              logits.data,
-                              head_bias.data,
-                              integration,
-                              accumulate};
+    const HopperOutput output{kHeads,      {map.data, kTokens, 1, batch, kTokens, 50},
+                              0,           s.bias.data,
+                              logits.data, head_bias.data,
+                              integration, accumulate};
     launch_hopper_output(s.product(), views[0], output, nullptr);
     require(cudaDeviceSynchronize(), "hopper_output");
     const auto after = out.host();
@@ -294,8 +292,8 @@ void check_output(Stage<T>& s, const std::string& name, double eps) {
       const double w = 1 / (1 + std::exp(-row_logits[i / s.cols * kHeads.heads + head] -
                                          logit_bias[g * kHeads.heads + head]));
       const double p = s.sums[i] + bias[g * s.cols + c];
-      want[at] = sources[row] < 0                          ? from
-                 : integration == Integration::kResidual   ? from + w * p
+      want[at] = sources[row] < 0                           ? from
+                 : integration == Integration::kResidual    ? from + w * p
                  : integration == Integration::kReplacement ? from + w * p - clean
                                                             : from + w * (p - clean);
     }
@@ -381,24 +379,23 @@ void time_stages(int streams, int rows) {
       views[0].view[g].base = {base.data + at, {int64_t{rows} * 1024, int64_t{rows} * 128, 128, 1}};
       views[0].view[g].out = {out.data + at, {int64_t{rows} * 1024, int64_t{rows} * 128, 128, 1}};
     }
-    const HopperOutput output{kHeads, {nullptr, 0, 0, 1, rows, rows}, 0, s.bias.data, logits.data,
-                              head_bias.data, Integration::kResidual, false};
+    const HopperOutput output{
+        kHeads,         {nullptr, 0, 0, 1, rows, rows}, 0,    s.bias.data, logits.data,
+        head_bias.data, Integration::kResidual,         false};
     line("output", s, [&] { launch_hopper_output(s.product(), views[0], output, nullptr); });
   }
-  std::printf("time   all five   %d streams, %d rows  %.3f ms  %.0f TFLOP/s\n", streams, rows, total,
-              flops / total / 1e9);
+  std::printf("time   all five   %d streams, %d rows  %.3f ms  %.0f TFLOP/s\n", streams, rows,
+              total, flops / total / 1e9);
 }
 
-}  // namespace
-
-int main() {
+int run() {
   try {
     check_hopper_device();
     for (const int rows : {1, 64, 128, 129, 300}) {
       check_shape<Bfloat16>(CacheType::kBfloat16, 3, rows, 1024, 1024);
     }
-    check_shape<Bfloat16>(CacheType::kBfloat16, 1, 200, 128, 64);     // one slice
-    check_shape<Bfloat16>(CacheType::kBfloat16, 2, 200, 256, 200);    // part of a last slice
+    check_shape<Bfloat16>(CacheType::kBfloat16, 1, 200, 128, 64);   // one slice
+    check_shape<Bfloat16>(CacheType::kBfloat16, 2, 200, 256, 200);  // part of a last slice
     check_shape<Bfloat16>(CacheType::kBfloat16, 2, 200, 2048, 1152);
     check_shape<Bfloat16>(CacheType::kBfloat16, 56, 260, 1024, 2048);
     check_shape<Float16>(CacheType::kFloat16, 3, 300, 1024, 1024);
@@ -412,3 +409,7 @@ int main() {
   std::printf(failures == 0 ? "all checks passed\n" : "%d checks FAILED\n", failures);
   return failures != 0;
 }
+
+}  // namespace selfcheck
+
+int main() { return selfcheck::run(); }

@@ -86,13 +86,15 @@ struct Check {
                 w2 = matrix(kHidden, kInner), branch = matrix(kInner + weighting, kHidden),
                 out = matrix(kWidth, out_depth);
   std::vector<Numbers> deep_w2, deep_w1;
-  const Numbers in_bias = values<float>(kStreams * kHidden, 1), out_bias = values<float>(kStreams * kWidth, 1),
+  const Numbers in_bias = values<float>(kStreams * kHidden, 1),
+                out_bias = values<float>(kStreams * kWidth, 1),
                 head = values<float>(kStreams * kReceiver.heads * 2 * kHidden, 0.1),
                 head_bias = values<float>(kStreams * kReceiver.heads, 1);
   // base is [B, N, H, D] in memory, out [B, H, N, D] with room behind the tokens.
   const size_t base_size = kBatch * kTokens * kWidth, out_size = kBatch * kCapacity * kWidth;
   const Numbers sharer = values<T>(kStreams * kBatch * kSharerTokens * kSharerWidth, 1),
-                base = values<T>(kStreams * base_size, 1), before = values<T>(kStreams * out_size, 1);
+                base = values<T>(kStreams * base_size, 1),
+                before = values<T>(kStreams * out_size, 1);
   std::vector<int64_t> map;
 
   explicit Check(const Case& c) : c(c) {
@@ -147,14 +149,17 @@ struct Check {
     Numbers x;
     for (int head = 0; head < kSharer.heads; ++head) {
       for (int d = 0; d < kSharer.dim; ++d) {
-        x.push_back(sharer[(((static_cast<size_t>(g) * kBatch + b) * kSharer.heads + head) *
-                                kSharerTokens + source) * kSharer.dim + d]);
+        x.push_back(
+            sharer[(((static_cast<size_t>(g) * kBatch + b) * kSharer.heads + head) * kSharerTokens +
+                    source) *
+                       kSharer.dim +
+                   d]);
       }
     }
     for (int i = 0; c.reads_receiver && i < kWidth; ++i) x.push_back(base_at(g, b, n, i));
     const auto part = [&](const Numbers& all) { return all.data() + all.size() / kStreams * g; };
-    const Numbers z0 = added(times(part(in), x, kHidden),
-                             Numbers(part(in_bias), part(in_bias) + kHidden));
+    const Numbers z0 =
+        added(times(part(in), x, kHidden), Numbers(part(in_bias), part(in_bias) + kHidden));
     const Numbers z1 = added(z0, times(part(w2), inner(part(w1), z0, kInner), kHidden));
     const Numbers both = inner(part(branch), z1, kInner + weighting);
     Numbers a(both.begin(), both.begin() + kInner), p = z1;
@@ -173,8 +178,7 @@ struct Check {
       const int h = i / kReceiver.dim;
       const double w = c.weighted ? 1 / (1 + std::exp(-logits[h] - part(head_bias)[h])) : 1;
       const double t = base_at(g, b, n, i);
-      const double from =
-          c.accumulate ? before[g * out_size + out_index(b, n, i)] : t;
+      const double from = c.accumulate ? before[g * out_size + out_index(b, n, i)] : t;
       result[i] = integrate_plainly(from, t, w, projected[i] + part(out_bias)[i]);
     }
     return result;
@@ -214,7 +218,8 @@ struct Check {
     if (c.in_place) {
       for (int g = 0; g < kStreams; ++g) {
         for_all([&](int b, int n, int i) {
-          narrow(static_cast<float>(base_at(g, b, n, i)), &target[g * out_size + out_index(b, n, i)]);
+          narrow(static_cast<float>(base_at(g, b, n, i)),
+                 &target[g * out_size + out_index(b, n, i)]);
         });
       }
       base_memory = target, base_step = out_size;
@@ -225,20 +230,46 @@ struct Check {
       StreamViews& v = views[0].view[g];
       v.out = {target + g * out_size, {}};
       v.base = {base_memory + g * base_step, {}};
-      v.sharer = {shared_from + g * kBatch * kSharerTokens * kSharerWidth,
-                  {int64_t{kSharerTokens} * kSharerWidth, kSharerTokens * kSharer.dim, kSharer.dim, 1}};
+      v.sharer = {
+          shared_from + g * kBatch * kSharerTokens * kSharerWidth,
+          {int64_t{kSharerTokens} * kSharerWidth, kSharerTokens * kSharer.dim, kSharer.dim, 1}};
       std::copy(out_stride, out_stride + 4, v.out.stride);
       std::copy(base_stride, base_stride + 4, v.base.stride);
     }
-    const FusedWeights weights{device(in), floats(in_bias), device(w1), device(w2), device(branch),
-                               w2s.data(), w1s.data(), static_cast<int>(w2s.size()),
-                               static_cast<int>(w1s.size()), device(out), floats(out_bias),
+    const FusedWeights weights{device(in),
+                               floats(in_bias),
+                               device(w1),
+                               device(w2),
+                               device(branch),
+                               w2s.data(),
+                               w1s.data(),
+                               static_cast<int>(w2s.size()),
+                               static_cast<int>(w1s.size()),
+                               device(out),
+                               floats(out_bias),
                                c.weighted ? floats(head) : nullptr,
                                c.weighted ? floats(head_bias) : nullptr};
-    const Tokens tokens{c.mapped ? map.data() : nullptr, kTokens, 1, kBatch, kTokens, kSharerTokens};
-    FusedCall call{type, c.activation, c.integration, c.accumulate, c.reads_receiver, c.folded,
-                   kSharer, kReceiver, kHidden, kInner, weighting, tokens, weights,
-                   0, kStreams, 0, kBatch * kTokens, views.data(), nullptr};
+    const Tokens tokens{
+        c.mapped ? map.data() : nullptr, kTokens, 1, kBatch, kTokens, kSharerTokens};
+    FusedCall call{type,
+                   c.activation,
+                   c.integration,
+                   c.accumulate,
+                   c.reads_receiver,
+                   c.folded,
+                   kSharer,
+                   kReceiver,
+                   kHidden,
+                   kInner,
+                   weighting,
+                   tokens,
+                   weights,
+                   0,
+                   kStreams,
+                   0,
+                   kBatch * kTokens,
+                   views.data(),
+                   nullptr};
     const auto run_chunk = [&](int g, int streams, int row, int rows) {
       Streams part = views[0];
       std::copy(views[0].view + g, views[0].view + g + streams, part.view);
@@ -290,8 +321,7 @@ struct Check {
             const double got = widen(target[g * out_size + at]);
             written[at] = true;
             if (stays) {
-              const double want =
-                  c.accumulate ? before[g * out_size + at] : base_at(g, b, n, i);
+              const double want = c.accumulate ? before[g * out_size + at] : base_at(g, b, n, i);
               if (got != want) fail(c, type_name, "a token that stays was changed");
               continue;
             }

@@ -67,8 +67,8 @@ void check_descriptors() {
               for (int k = 0; k < 16; ++k) {
                 const uint32_t at = swizzled(start + row / 8 * stride + row % 8 * 128 + k * 2);
                 const Element& e = memory.at(at / 2);
-                require(e.stage == stage && e.operand == operand &&
-                            e.row == consumer * 64 + row && e.input == step * 16 + k,
+                require(e.stage == stage && e.operand == operand && e.row == consumer * 64 + row &&
+                            e.input == step * 16 + k,
                         "wgmma must read the element that was meant", stage, row, step * 16 + k);
               }
             }
@@ -123,14 +123,15 @@ struct Barrier {
   bool passes(uint32_t parity) const { return (phase & 1) != parity; }
 };
 
-// copy_slices and multiply_slices of hopper_gemm.cuh, with copies that land, and warps that run, in random order.
+// copy_slices and multiply_slices of hopper_gemm.cuh, with copies that land, and warps that run, in
+// random order.
 void run_barriers(int slices, std::mt19937& random) {
   std::vector<Barrier> full(kStages, Barrier(kFullArrivals));
   std::vector<Barrier> empty(kStages, Barrier(kEmptyArrivals));
   std::vector<int> content(kStages, -1), readers(kStages, 0);  // warps that still read a stage
-  std::vector<int> flying;  // slices on their way
-  int copied = 0;  // slices whose copy was started
-  std::vector<int> warps(kEmptyArrivals, 0);  // the next slice of each
+  std::vector<int> flying;                                     // slices on their way
+  int copied = 0;                                              // slices whose copy was started
+  std::vector<int> warps(kEmptyArrivals, 0);                   // the next slice of each
   for (;;) {
     std::vector<std::pair<int, int>> possible;  // actor, index
     if (copied < slices && empty[stage_of(copied)].passes(empty_parity(copied))) {
@@ -161,8 +162,8 @@ void run_barriers(int slices, std::mt19937& random) {
       full[stage].advance();
     } else {
       int& slice = warps[i];
-      require(content[stage_of(slice)] == slice, "a warp reads another slice", slices,
-              slice, content[stage_of(slice)]);
+      require(content[stage_of(slice)] == slice, "a warp reads another slice", slices, slice,
+              content[stage_of(slice)]);
       if (slice > 0) {  // wait_products<1>: the slice before is done
         --readers[stage_of(slice - 1)];
         empty[stage_of(slice - 1)].arrive();

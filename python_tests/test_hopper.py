@@ -25,9 +25,7 @@ def compiled(place: Path, source: str, *options: str) -> Path:
     assert compiler, "the checkout is built with a C++ compiler, and none is on PATH or in CXX"
     program = place / Path(source).stem
     command = [*compiler.split(), "-std=c++17", "-O2", "-Wall", "-Wextra", "-o", str(program)]
-    build = subprocess.run(
-        [*command, str(HERE / source), *options], capture_output=True, text=True
-    )
+    build = subprocess.run([*command, str(HERE / source), *options], capture_output=True, text=True)
     assert build.returncode == 0, build.stderr
     return program
 

@@ -291,10 +291,8 @@ struct OutputEpilogue {
 
     int head = at.col / shape.dim;
     int channel = at.col % shape.dim;
-    const T* t_at = token_of(view.base, batch, token) +
-                    head * view.base.stride[1] + channel;
-    T* out_at = token_of(view.out, batch, token) +
-                head * view.out.stride[1] + channel;
+    const T* t_at = token_of(view.base, batch, token) + head * view.base.stride[1] + channel;
+    T* out_at = token_of(view.out, batch, token) + head * view.out.stride[1] + channel;
     C2C_HOPPER_UNROLL
     for (int first = 0; first < kGroups; first += kAtOnce) {
       uint32_t base_pair[kAtOnce], from_pair[kAtOnce];
@@ -308,10 +306,9 @@ struct OutputEpilogue {
       for (int k = 0; k < kAtOnce; ++k) {
         const int i = sum_index(first + k, lower);
         const Pair t = widen_pair<T>(base_pair[k]), from = widen_pair<T>(from_pair[k]);
-        const uint32_t fused =
-            round_pair(integrate<kIntegration>(from.first, t.first, w, sums[i], kAccumulate),
-                       integrate<kIntegration>(from.second, t.second, w, sums[i + 1], kAccumulate),
-                       T{});
+        const uint32_t fused = round_pair(
+            integrate<kIntegration>(from.first, t.first, w, sums[i], kAccumulate),
+            integrate<kIntegration>(from.second, t.second, w, sums[i + 1], kAccumulate), T{});
         store_pair(out_at + 8 * k, stays ? base_pair[k] : fused);
       }
       channel += 8 * kAtOnce;

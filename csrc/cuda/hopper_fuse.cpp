@@ -1,5 +1,5 @@
-// The hopper path of c2c::fuse_: the stages of one chunk in order. Each product writes what the next
-// one reads; gather and weighting head are row kernels.
+// The hopper path of c2c::fuse_: the stages of one chunk in order. Each product writes what the
+// next one reads; gather and weighting head are row kernels.
 #include <algorithm>
 #include <cstdint>
 #include <string>
@@ -11,8 +11,8 @@ namespace c2c::cuda {
 namespace {
 
 constexpr int64_t kTile = hopper::kTileCols;
-constexpr int64_t kElement = 2;       // bytes
-constexpr uintptr_t kAlignment = 256;  // of every buffer
+constexpr int64_t kElement = 2;                                   // bytes
+constexpr uintptr_t kAlignment = 256;                             // of every buffer
 constexpr int64_t kMaxRows = int64_t{65535} * hopper::kTileRows;  // of one grid
 
 int64_t width(HeadShape shape) { return int64_t{shape.heads} * shape.dim; }
@@ -164,7 +164,9 @@ std::string hopper_obstacle(const FusedCall& c) {
         multiple("the input's width", 8, input_width(c))}) {
     if (!rule.empty()) return rule;
   }
-  if (c.weighting != 0 && c.weighting != c.hidden) return "the weighting branch must be hidden wide";
+  if (c.weighting != 0 && c.weighting != c.hidden) {
+    return "the weighting branch must be hidden wide";
+  }
   if (c.streams > kMaxStreams || c.rows > kMaxRows) {
     return "a chunk has at most " + std::to_string(kMaxStreams) + " streams and " +
            std::to_string(kMaxRows) + " rows, got " + std::to_string(c.streams) + " and " +

@@ -1,10 +1,9 @@
 // The launchers of hopper_gemm.h: tensor maps for the copy engine, one kernel per stage and type.
-#include "hopper_gemm.h"
-
 #include <stdexcept>
 #include <type_traits>
 
 #include "hopper_gemm.cuh"
+#include "hopper_gemm.h"
 
 #if !defined(C2C_EMULATE)
 #include <cudaTypedefs.h>
@@ -67,13 +66,13 @@ Operand operand(const char* name, CacheType type, const Matrices& matrix, int ro
   const cuuint32_t box[] = {hopper::kSlice, static_cast<cuuint32_t>(box_rows), 1};
   const cuuint32_t every[] = {1, 1, 1};
   CUtensorMap map;
-  const CUresult status = tensor_map_encoder()(
-      &map,
-      type == CacheType::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                   : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      3, matrix.data, size, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status =
+      tensor_map_encoder()(&map,
+                           type == CacheType::kBfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                        : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                           3, matrix.data, size, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                           CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error(std::string("c2c_ext.fuse: kernel ") + name +
                              " could not be launched on this GPU: cuTensorMapEncodeTiled "
@@ -113,9 +112,10 @@ void launch_hopper_bias(const HopperProduct& p, const float* bias, const Matrice
                         float* squares, cudaStream_t stream) {
   with_type(p.type, [&](auto zero) {
     using T = decltype(zero);
-    run<T>("hopper_bias", p,
-           BiasEpilogue<T>{z, bias, RowSquares{squares, p.rows, p.cols / hopper::kTileCols}, p.cols},
-           stream);
+    run<T>(
+        "hopper_bias", p,
+        BiasEpilogue<T>{z, bias, RowSquares{squares, p.rows, p.cols / hopper::kTileCols}, p.cols},
+        stream);
   });
 }
 
@@ -145,8 +145,7 @@ void launch_hopper_residual(const HopperProduct& p, const Matrices& z_in, const 
   with_type(p.type, [&](auto zero) {
     using T = decltype(zero);
     run<T>("hopper_residual", p,
-           ResidualEpilogue<T>{z_in, z,
-                               RowSquares{squares, p.rows, p.cols / hopper::kTileCols}},
+           ResidualEpilogue<T>{z_in, z, RowSquares{squares, p.rows, p.cols / hopper::kTileCols}},
            stream);
   });
 }

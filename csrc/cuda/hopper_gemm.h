@@ -15,7 +15,7 @@ namespace c2c::cuda {
 
 // The product of a launch: sums[g, r, c] = x[g, r] . weight[g, c], in float32.
 struct HopperProduct {
-  CacheType type;      // kBfloat16 or kFloat16, of x, weight and what is written
+  CacheType type;  // kBfloat16 or kFloat16, of x, weight and what is written
   int streams, rows;
   int cols, depth;     // multiples of 128 and of 8
   Matrices x;          // [streams, rows, depth]; 16-byte aligned, strides too
@@ -23,8 +23,8 @@ struct HopperProduct {
 };
 
 // Every matrix that a launch reads or writes beside: 4-byte aligned, strides too; biases 8-byte.
-// Sums of squares are those of rounded values, per tile of 128 columns: [streams, rows, cols / 128],
-// float32. Whoever needs the norm adds them up.
+// Sums of squares are those of rounded values, per tile of 128 columns: [streams, rows, cols /
+// 128], float32. Whoever needs the norm adds them up.
 
 // z = sums + bias, and its sums of squares.
 void launch_hopper_bias(const HopperProduct& product,
@@ -32,9 +32,9 @@ void launch_hopper_bias(const HopperProduct& product,
                         const Matrices& z,  // [streams, rows, cols]
                         float* squares, cudaStream_t stream);
 
-// activation(sums / rms(x)), where `squares` are x's sums of squares: the norm of the input, applied
-// to the product. The first `first_cols` columns (a multiple of 128) go to `first`, others to
-// `second`.
+// activation(sums / rms(x)), where `squares` are x's sums of squares: the norm of the input,
+// applied to the product. The first `first_cols` columns (a multiple of 128) go to `first`, others
+// to `second`.
 void launch_hopper_activate(const HopperProduct& product, Activation activation,
                             const float* squares,   // [streams, rows, depth / 128]
                             const Matrices& first,  // [streams, rows, first_cols]
@@ -51,10 +51,10 @@ void launch_hopper_residual(const HopperProduct& product,
 struct HopperOutput {
   HeadShape receiver;  // cols = heads * dim, dim a multiple of 32
   Tokens tokens;
-  int64_t first_row;        // of the launch's rows among those of the call
-  const float* bias;        // [streams, cols]
-  const float* logits;      // [streams, rows, heads]; null: the weight is 1
-  const float* head_bias;   // [streams, heads]
+  int64_t first_row;       // of the launch's rows among those of the call
+  const float* bias;       // [streams, cols]
+  const float* logits;     // [streams, rows, heads]; null: the weight is 1
+  const float* head_bias;  // [streams, heads]
   Integration integration;
   bool accumulate;
 };

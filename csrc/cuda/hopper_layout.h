@@ -31,8 +31,8 @@ static_assert(kTileRows == kConsumers * kWgmmaRows && kTileCols == kWgmmaCols,
 
 // ---- shared memory -----------------------------------------------------------------------------
 // A stage holds kTileRows rows of x, then kTileCols rows of the weight, 128 bytes each. The copy
-// engine swizzles them (CU_TENSOR_MAP_SWIZZLE_128B): with the stage at a multiple of 1024 bytes, the
-// 16-byte chunk c of row r lies where chunk c ^ (r % 8) would lie without.
+// engine swizzles them (CU_TENSOR_MAP_SWIZZLE_128B): with the stage at a multiple of 1024 bytes,
+// the 16-byte chunk c of row r lies where chunk c ^ (r % 8) would lie without.
 
 constexpr int kRowBytes = kSlice * 2;
 constexpr int kSwizzleBytes = 8 * kRowBytes;  // the pattern repeats after eight rows
@@ -95,10 +95,11 @@ constexpr int kGroups = kWgmmaCols / 8;
 C2C_HOST_DEVICE constexpr int sum_index(int group, int lower) { return group * 4 + lower * 2; }
 
 // ---- barriers ----------------------------------------------------------------------------------
-// Slice i goes through stage i % kStages, whose barriers complete one phase per use: `full` when the
-// bytes of the slice have arrived (one arrival, which announces them), `empty` when every consumer
-// warp has read them (one arrival each). Waiting for parity p returns once the phase p is complete;
-// on a fresh barrier phase 1 counts as complete, so the first round of `empty` waits for nothing.
+// Slice i goes through stage i % kStages, whose barriers complete one phase per use: `full` when
+// the bytes of the slice have arrived (one arrival, which announces them), `empty` when every
+// consumer warp has read them (one arrival each). Waiting for parity p returns once the phase p is
+// complete; on a fresh barrier phase 1 counts as complete, so the first round of `empty` waits for
+// nothing.
 
 constexpr int kFullArrivals = 1;
 constexpr int kEmptyArrivals = kConsumerThreads / 32;

@@ -1,5 +1,5 @@
-// The instructions of sm_90a that the Hopper product uses: barriers with byte counts (mbarrier), the
-// bulk tensor copy engine (TMA) and warpgroup products (wgmma). Addresses of shared memory are
+// The instructions of sm_90a that the Hopper product uses: barriers with byte counts (mbarrier),
+// the bulk tensor copy engine (TMA) and warpgroup products (wgmma). Addresses of shared memory are
 // 32-bit. Only nvcc reads this file.
 #pragma once
 
@@ -93,22 +93,22 @@ __device__ __forceinline__ void settle(float (&sums)[kSums]) {
 
 // Operands: sums %0 to %63, descriptors of x %64 and of the weight %65. Then: add to the sums, both
 // operands as they are (1, 1: not negated) and K-major (0, 0: not transposed).
-#define C2C_WGMMA_M64N128K16(TYPES)                                                          \
-  asm volatile(                                                                              \
-      "{\n"                                                                                  \
-      ".reg .pred add;\n"                                                                    \
-      "setp.eq.b32 add, 0, 0;\n"                                                             \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPES                                   \
-      " "                                                                                    \
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "              \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "     \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "     \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "    \
-      "%64, %65, add, 1, 1, 0, 0;\n"                                                         \
-      "}"                                                                                    \
-      : C2C_SUMS_8(0), C2C_SUMS_8(8), C2C_SUMS_8(16), C2C_SUMS_8(24), C2C_SUMS_8(32),        \
-        C2C_SUMS_8(40), C2C_SUMS_8(48), C2C_SUMS_8(56)                                       \
-      : "l"(x), "l"(weight)                                                                  \
+#define C2C_WGMMA_M64N128K16(TYPES)                                                       \
+  asm volatile(                                                                           \
+      "{\n"                                                                               \
+      ".reg .pred add;\n"                                                                 \
+      "setp.eq.b32 add, 0, 0;\n"                                                          \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPES                                \
+      " "                                                                                 \
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
+      "%64, %65, add, 1, 1, 0, 0;\n"                                                      \
+      "}"                                                                                 \
+      : C2C_SUMS_8(0), C2C_SUMS_8(8), C2C_SUMS_8(16), C2C_SUMS_8(24), C2C_SUMS_8(32),     \
+        C2C_SUMS_8(40), C2C_SUMS_8(48), C2C_SUMS_8(56)                                    \
+      : "l"(x), "l"(weight)                                                               \
       : "memory")
 #define C2C_SUMS_8(i)                                                                        \
   "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), \
