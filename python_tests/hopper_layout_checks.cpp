@@ -131,7 +131,7 @@ void run_barriers(int slices, std::mt19937& random) {
   std::vector<int> content(kStages, -1), readers(kStages, 0);  // warps that still read a stage
   std::vector<int> flying;                                     // slices on their way
   int copied = 0;                                              // slices whose copy was started
-  std::vector<int> warps(kEmptyArrivals, 0);                   // the next slice of each
+  std::vector<int> warps(kConsumerThreads / 32, 0);            // the next slice of each
   for (;;) {
     std::vector<std::pair<int, int>> possible;  // actor, index
     if (copied < slices && empty[stage_of(copied)].passes(empty_parity(copied))) {
