@@ -16,8 +16,8 @@ if(NOT C2C_EXT_CUDA MATCHES "^(auto|0|1)$")
   message(FATAL_ERROR "C2C_EXT_CUDA must be auto, 1 or 0, got '${C2C_EXT_CUDA}'.")
 endif()
 
-set(c2c_cuda_kernels csrc/cuda/row_kernels.cu csrc/cuda/fused_gemm.cu)
-set(c2c_cuda_host csrc/cuda/fuse_cuda.cpp csrc/cuda/runtime.cpp csrc/checks.cpp)
+set(c2c_cuda_kernels csrc/cuda/row_kernels.cu csrc/cuda/fused_gemm.cu csrc/cuda/hopper_gemm.cu)
+set(c2c_cuda_host csrc/cuda/fuse_cuda.cpp csrc/cuda/hopper_fuse.cpp csrc/cuda/runtime.cpp csrc/checks.cpp)
 
 # ---- the compiler ------------------------------------------------------------------------------
 set(c2c_gencode)

@@ -13,7 +13,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import emulated
 import pytest
+import torch
+from conftest import assert_fused, flat, make_caches, make_config, make_fuser, same_bits
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent / "csrc" / "cuda"
@@ -64,3 +67,31 @@ def test_stages_and_epilogues_compute_the_fuser(tmp_path: Path) -> None:
         *("-x", "c++", *sources),
     )
     assert len(check(program).splitlines()) == 11  # every case says how near it came
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_op_takes_this_path_where_it_is_asked_for(dtype, monkeypatch) -> None:
+    config = make_config(
+        ((4, 32),), ((2, 32),), (0,), hidden_size=128, intermediate_size=128, depth=4
+    )
+    fuser = make_fuser(config)
+    base, sharer = make_caches(config, 1, 70, dtype=dtype)
+    ours = {}
+    for path in ("hopper", "fused"):
+        monkeypatch.setenv("C2C_EXT_CUDA_PATH", path)
+        ours[path] = emulated.run_op(fuser, base, sharer)
+        assert_fused(fuser, base, sharer, ours[path])
+    # They sum in other orders.
+    tensors = zip(flat(ours["hopper"]), flat(ours["fused"]), strict=True)
+    assert not all(same_bits(a, b) for a, b in tensors)
+
+
+def test_what_this_path_does_not_run_goes_through_the_others(monkeypatch) -> None:
+    config = make_config()
+    fuser = make_fuser(config)
+    base, sharer = make_caches(config, 1, 5)
+    monkeypatch.setenv("C2C_EXT_CUDA_PATH", "hopper")
+    ours = emulated.run_op(fuser, base, sharer)
+    monkeypatch.setenv("C2C_EXT_CUDA_PATH", "plain")
+    plain = emulated.run_op(fuser, base, sharer)
+    assert all(same_bits(a, b) for a, b in zip(flat(ours), flat(plain), strict=True))

@@ -1,6 +1,6 @@
 // c2c::fuse_ on CUDA tensors: matrix products through torch's bmm, everything between them in
 // row_kernels.cu, about a dozen launches for all streams of a chunk; or, where it was asked for,
-// fused_gemm.cu for what it runs. No host synchronisation.
+// fused_gemm.cu and hopper_gemm.cu for what they run. No host synchronisation.
 // Compiled with C2C_EMULATE it is c2c_emulated::fuse_, which runs the same kernels on CPU tensors.
 #include <torch/csrc/stable/library.h>
 
@@ -10,6 +10,7 @@
 
 #include "../ops.h"
 #include "fused_gemm.h"
+#include "hopper_gemm.h"
 #include "runtime.h"
 
 namespace c2c {
@@ -118,8 +119,11 @@ class Fusion {
       }
       for (int64_t r = 0; r < count; r += rows) {
         block_ = {static_cast<int>(now), r, std::min(rows, count - r)};
-        if (path_ == Path::kFused && cuda::run_fused(fused_call(views, scratch), stream())) {
-          continue;
+        // Each path leaves to the next what it does not run.
+        if (path_ != Path::kPlain) {
+          const FusedCall now = fused_call(views, scratch);
+          if (path_ == Path::kHopper && cuda::run_hopper(now, stream())) continue;
+          if (cuda::run_fused(now, stream())) continue;
         }
         run_chunk(views, static_cast<char*>(scratch.data_ptr()));
       }
@@ -151,10 +155,11 @@ class Fusion {
   }
 
   int64_t fused_bytes_per_row() const {
-    if (path_ != Path::kFused) return 0;
+    if (path_ == Path::kPlain) return 0;
     FusedCall call = fused_sizes();
     call.streams = call.rows = 1;
-    return static_cast<int64_t>(cuda::fused_scratch_bytes(call));
+    const size_t hopper = path_ == Path::kHopper ? cuda::hopper_scratch_bytes(call) : 0;
+    return static_cast<int64_t>(std::max(cuda::fused_scratch_bytes(call), hopper));
   }
   FusedCall fused_sizes() const {
     FusedCall call{};
@@ -330,13 +335,7 @@ void fuse_cuda(std::vector<Tensor> out_keys, std::vector<Tensor> out_values,
   if (call.sizes.streams == 0 || call.sizes.batch * call.sizes.tokens == 0) return;
   check_width("sharer", call.sizes.sharer);
   check_width("receiver", call.sizes.receiver);
-  const Path path = cuda::chosen_path();
-  if (path == Path::kHopper) {
-    throw std::runtime_error(
-        "c2c_ext.fuse: C2C_EXT_CUDA_PATH must be plain, fused or auto, this build has no kernels "
-        "of that name");
-  }
-  Fusion(call, weights, token_map, act, how, accumulate, path).run();
+  Fusion(call, weights, token_map, act, how, accumulate, cuda::chosen_path()).run();
 }
 
 }  // namespace

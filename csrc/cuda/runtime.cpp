@@ -65,7 +65,7 @@ Device::Device(const Tensor& on) : device_(on.device()), stream_(nullptr) {
                              " cannot be used: " + cudaGetErrorString(status));
   }
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(index, &stream));
+  TORCH_ERROR_CODE_CHECK(get_stream(index, &stream));
   stream_ = static_cast<cudaStream_t>(stream);
 }
 #endif
@@ -89,7 +89,7 @@ void Device::multiply(ScalarType type, const Block& block, const Matrices& out, 
   std::array<StableIValue, 3> stack{torch::stable::detail::from(input),
                                     torch::stable::detail::from(transposed),
                                     torch::stable::detail::from(to)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // `to` again, a reference of its own
 }
