@@ -16,6 +16,8 @@ if(NOT C2C_EXT_CUDA MATCHES "^(auto|0|1)$")
   message(FATAL_ERROR "C2C_EXT_CUDA must be auto, 1 or 0, got '${C2C_EXT_CUDA}'.")
 endif()
 
+set(C2C_OLDEST_CUDA "12.5")  # whose headers have what the Hopper path asks the driver for
+
 set(c2c_cuda_kernels csrc/cuda/row_kernels.cu csrc/cuda/fused_gemm.cu csrc/cuda/hopper_gemm.cu)
 set(c2c_cuda_host csrc/cuda/fuse_cuda.cpp csrc/cuda/hopper_fuse.cpp csrc/cuda/runtime.cpp csrc/checks.cpp)
 
@@ -40,6 +42,12 @@ set(c2c_nvcc_flags -std=c++17 -O3 "-ccbin=${CMAKE_CXX_COMPILER}"
 
 # Sets `reason` to why nvcc cannot be used, or to nothing, and C2C_CUDA_INCLUDE, C2C_CUDART.
 function(c2c_try_nvcc reason)
+  execute_process(COMMAND "${C2C_NVCC}" --version OUTPUT_VARIABLE said ERROR_VARIABLE said)
+  string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" said "${said}")
+  if(NOT said OR CMAKE_MATCH_1 VERSION_LESS "${C2C_OLDEST_CUDA}")
+    set(${reason} "CUDA ${C2C_OLDEST_CUDA} or newer is needed, it is '${CMAKE_MATCH_1}'" PARENT_SCOPE)
+    return()
+  endif()
   set(trial "${CMAKE_CURRENT_BINARY_DIR}/cuda_trial")
   file(REMOVE "${trial}/trial.o")
   file(WRITE "${trial}/trial.cu" "#include <cmath>\n#include <cstdint>\n"
