@@ -29,8 +29,17 @@ expect_refusal() { # text, options
 }
 
 expect_refusal "C2C_EXT_CUDA=1 needs nvcc, and none was found" -DC2C_EXT_CUDA=1
-expect_refusal "C2C_EXT_CUDA=1, but /bin/true cannot be used: it cannot compile a kernel" \
+expect_refusal "C2C_EXT_CUDA=1, but /bin/true cannot be used: it does not say of which CUDA it is" \
   -DC2C_EXT_CUDA=1 -DC2C_NVCC=/bin/true
+for release in 12.1 13.0; do # neither compiles anything
+  printf '#!/bin/sh\necho "Cuda compilation tools, release %s, V%s.1"\n' $release $release \
+    >"$work/nvcc-$release"
+  chmod +x "$work/nvcc-$release"
+done
+expect_refusal "cannot be used: it is of CUDA 12.1, 12.5 or newer is needed" \
+  -DC2C_EXT_CUDA=1 -DC2C_NVCC="$work/nvcc-12.1"
+expect_refusal "cannot be used: it cannot compile a kernel" \
+  -DC2C_EXT_CUDA=1 -DC2C_NVCC="$work/nvcc-13.0"
 expect_refusal "C2C_EXT_CUDA_ARCHITECTURES must have entries like 80-real, 90a-real or 90-virtual" \
   -DC2C_EXT_CUDA_ARCHITECTURES=sm_80
 expect_refusal "C2C_EXT_CUDA must be auto, 1 or 0, got 'maybe'" -DC2C_EXT_CUDA=maybe
@@ -38,7 +47,7 @@ expect_refusal "c2c_ext builds on 64-bit Linux only; this is Darwin." -DCMAKE_SY
 expect_refusal "c2c_ext builds on 64-bit Linux only; the compiler is for another width." \
   -DCMAKE_CXX_COMPILER_FORCED=ON -DCMAKE_SIZEOF_VOID_P=4
 expect_refusal "c2c_ext needs Python 3.10 or newer and its headers" -DPython_INCLUDE_DIR="$work"
-for setting in auto 0 "auto -DC2C_NVCC=/bin/true"; do
+for setting in auto 0 "auto -DC2C_NVCC=/bin/true" "auto -DC2C_NVCC=$work/nvcc-12.1"; do
   # shellcheck disable=SC2086
   configure -DC2C_EXT_CUDA=$setting || complain "C2C_EXT_CUDA=$setting was refused"
   test -s "$work/build/compile_commands.json"
