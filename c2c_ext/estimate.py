@@ -190,7 +190,7 @@ def scratch_bytes(
         if multiplies_bfloat16(work.dtype, device):  # inputs rounded
             columns += (-(-(max(inputs, m + h) + 1) // 32) | 1) * 16
         budget = most // itemsize // columns  # (stream, token) pairs
-        rows = -(-work.rows // -(-work.rows // max(budget, 1)))
+        rows = _equal_part(work.rows, max(budget, 1))
         streams = min(max(budget // rows, 1), count)
         largest = max(largest, streams * rows * columns * itemsize)
     return largest

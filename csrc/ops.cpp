@@ -1,7 +1,7 @@
 // Every op schema of c2c. Loading the shared library made of this registers them.
-#include "ops.h"
-
 #include <torch/csrc/stable/library.h>
+
+#include "fuse_op.h"
 
 STABLE_TORCH_LIBRARY(c2c, m) {
   m.def(c2c::kFuseSchema);
@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(c2c, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(c2c, CPU, m) {
-  m.impl("fuse_", TORCH_BOX(&c2c::fuse_cpu));
+  m.impl("fuse_", TORCH_BOX((&c2c::fuse_<c2c::Placement::kCpu, c2c::fuse_cpu>)));
   m.impl("check_inplace", TORCH_BOX(&c2c::check_inplace));
   m.impl("stage_gather", TORCH_BOX(&c2c::stage_gather));
   m.impl("stage_bias_stats", TORCH_BOX(&c2c::stage_bias_stats));

@@ -101,18 +101,6 @@ FuseCall check_fuse(Placement placement, const std::vector<Tensor>& out_keys,
 void check_inplace(std::vector<Tensor> keys, std::vector<Tensor> values,
                    std::vector<Tensor> sharer_keys, std::vector<Tensor> sharer_values);
 
-// c2c::fuse_ on CPU tensors.
-void fuse_cpu(std::vector<Tensor> out_keys, std::vector<Tensor> out_values,
-              std::vector<Tensor> base_keys, std::vector<Tensor> base_values,
-              std::vector<Tensor> sharer_keys, std::vector<Tensor> sharer_values,
-              std::optional<Tensor> token_map, std::vector<int64_t> layers,
-              std::vector<int64_t> sources, int64_t num_keys, int64_t sharer_heads,
-              int64_t sharer_dim, int64_t receiver_heads, int64_t receiver_dim, int64_t inner,
-              bool reads_receiver, Tensor in_weight, Tensor in_bias, Tensor w1, Tensor w2,
-              Tensor branch_w1, std::vector<Tensor> deep_w2, std::vector<Tensor> deep_w1,
-              Tensor out_weight, Tensor out_bias, Tensor head_weight, Tensor head_bias,
-              std::string activation, std::string integration, bool accumulate);
-
 // c2c::stage_*: single stages of fuse_cpu (cpu/stage_ops.cpp).
 void stage_gather(Tensor out,           // [B * N, sharer width + receiver width]
                   Tensor sharer,        // [B, Hs, S, Ds]

@@ -7,14 +7,12 @@
 #include <numeric>
 #include <stdexcept>
 
-#include "../ops.h"
+#include "../fuse_op.h"
 #include "stages.h"
 
 namespace c2c {
 namespace {
 
-using cpu::CacheType;
-using cpu::CacheView;
 using cpu::for_rows;
 using cpu::HeadShape;
 using cpu::Matrices;
@@ -22,7 +20,6 @@ using cpu::PanelGemm;
 using cpu::RoundedRows;
 using cpu::Row;
 using cpu::RowKernels;
-using cpu::view_of;
 using torch::headeronly::ScalarType;
 
 // Scratch is bounded, by what threads have in their caches: more streams x tokens than fit are done
@@ -247,19 +244,17 @@ class Chunk {
 };
 
 template <class T>
-void run_fuse(const FuseCall& call, const PackedWeights& weights,
-              const std::optional<Tensor>& token_map, CacheType type, Activation activation,
-              Integration integration, bool accumulate) {
-  const FuseSizes& s = call.sizes;
+void run(const FuseRequest& request, CacheType type) {
+  const FuseSizes& s = request.call.sizes;
   const RowKernels<T>& kernels = cpu::row_kernels<T>(type);
-  const Rows rows = resolve_rows(s, token_map);
+  const Rows rows = resolve_rows(s, request.token_map);
   std::vector<StreamViews> views;
   views.reserve(s.streams);
-  for (const StreamTensors& t : call.streams) {
+  for (const StreamTensors& t : request.call.streams) {
     views.push_back({view_of(*t.out), view_of(*t.base), view_of(*t.sharer)});
   }
   const HeadShape shape{s.receiver.heads, s.receiver.dim};
-  if (!accumulate) {
+  if (!request.accumulate) {
     for_rows(s.streams, static_cast<int64_t>(rows.kept.size()), shape.heads * shape.dim,
              [&](int64_t g, int64_t r, int64_t n) {
                if (views[g].out.data != views[g].base.data) {
@@ -270,13 +265,13 @@ void run_fuse(const FuseCall& call, const PackedWeights& weights,
   const auto count = static_cast<int64_t>(rows.fused.size());
   if (count == 0) return;
 
-  Chunk<T> chunk(s, weights, type, activation, integration, accumulate);
+  Chunk<T> chunk(s, request.weights, type, request.activation, request.integration,
+                 request.accumulate);
   const int64_t row_elements = chunk.scratch_elements_per_row();
   const int64_t bytes =
       std::min(kMaxScratchBytes, kScratchBytesPerThread * torch::stable::get_num_threads());
   const int64_t budget = bytes / static_cast<int64_t>(sizeof(T)) / row_elements;  // rows
-  const int64_t chunks = (count + std::max<int64_t>(budget, 1) - 1) / std::max<int64_t>(budget, 1);
-  const int64_t chunk_rows = (count + chunks - 1) / chunks;  // of about the same size
+  const int64_t chunk_rows = equal_part(count, std::max<int64_t>(budget, 1));
   const int64_t chunk_streams = std::clamp<int64_t>(budget / chunk_rows, 1, s.streams);
   const int64_t scratch_size = chunk_streams * chunk_rows * row_elements;
   const Tensor scratch = torch::stable::empty(
@@ -291,30 +286,12 @@ void run_fuse(const FuseCall& call, const PackedWeights& weights,
 
 }  // namespace
 
-void fuse_cpu(std::vector<Tensor> out_keys, std::vector<Tensor> out_values,
-              std::vector<Tensor> base_keys, std::vector<Tensor> base_values,
-              std::vector<Tensor> sharer_keys, std::vector<Tensor> sharer_values,
-              std::optional<Tensor> token_map, std::vector<int64_t> layers,
-              std::vector<int64_t> sources, int64_t num_keys, int64_t sharer_heads,
-              int64_t sharer_dim, int64_t receiver_heads, int64_t receiver_dim, int64_t inner,
-              bool reads_receiver, Tensor in_weight, Tensor in_bias, Tensor w1, Tensor w2,
-              Tensor branch_w1, std::vector<Tensor> deep_w2, std::vector<Tensor> deep_w1,
-              Tensor out_weight, Tensor out_bias, Tensor head_weight, Tensor head_bias,
-              std::string activation, std::string integration, bool accumulate) {
-  const PackedWeights weights{in_weight, in_bias,    w1,       w2,          branch_w1, deep_w2,
-                              deep_w1,   out_weight, out_bias, head_weight, head_bias};
-  const Activation act = parse_activation(activation);
-  const Integration how = parse_integration(integration);
-  const FuseCall call =
-      check_fuse(Placement::kCpu, out_keys, out_values, base_keys, base_values, sharer_keys,
-                 sharer_values, token_map, layers, sources, num_keys, {sharer_heads, sharer_dim},
-                 {receiver_heads, receiver_dim}, inner, reads_receiver, weights);
-  if (call.sizes.streams == 0 || call.sizes.batch * call.sizes.tokens == 0) return;
-  const CacheType type = cpu::cache_type(call.streams[0].base->scalar_type());
+void fuse_cpu(const FuseRequest& request) {
+  const CacheType type = cache_type(request.call.streams[0].base->scalar_type());
   if (type == CacheType::kFloat64) {
-    run_fuse<double>(call, weights, token_map, type, act, how, accumulate);
+    run<double>(request, type);
   } else {
-    run_fuse<float>(call, weights, token_map, type, act, how, accumulate);
+    run<float>(request, type);
   }
 }
 

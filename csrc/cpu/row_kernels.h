@@ -4,18 +4,14 @@
 
 #include <cstdint>
 
+#include "../cache_view.h"
+
 namespace c2c {
 
 enum class Activation;
 enum class Integration;
 
 namespace cpu {
-
-// A [B, H, N, D] cache tensor.
-struct CacheView {
-  void* data = nullptr;
-  int64_t stride[4] = {};  // batch, head, token, channel; in elements, not bytes
-};
 
 struct HeadShape {
   int64_t heads;
@@ -28,8 +24,6 @@ struct Row {
   int32_t token;
   int32_t source;
 };
-
-enum class CacheType { kFloat64, kFloat32, kBfloat16, kFloat16 };
 
 // Where a kernel leaves a row rounded to bfloat16 as well, as products of the CPU's own read it,
 // and a zero behind it: they read pairs. `data` null: nowhere.

@@ -3,13 +3,12 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../ops.h"
+#include "../fuse_op.h"
 #include "stages.h"
 
 namespace c2c {
 namespace {
 
-using cpu::CacheType;
 using cpu::for_rows;
 using cpu::HeadShape;
 using cpu::Matrices;
@@ -108,11 +107,10 @@ void stage_gather(Tensor out, Tensor sharer, Tensor base) {
   const std::vector<Row> rows = all_rows(base);
   with_type(out.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const auto& kernels = cpu::row_kernels<T>(cpu::cache_type(base.scalar_type()));
+    const auto& kernels = cpu::row_kernels<T>(cache_type(base.scalar_type()));
     T* to = static_cast<T*>(out.data_ptr());
     for_rows(1, static_cast<int64_t>(rows.size()), width, [&](int64_t, int64_t r, int64_t n) {
-      kernels.gather(cpu::view_of(sharer), s, cpu::view_of(base), t, rows.data() + r, n,
-                     to + r * width);
+      kernels.gather(view_of(sharer), s, view_of(base), t, rows.data() + r, n, to + r * width);
     });
   });
 }
@@ -140,7 +138,7 @@ void stage_multiply(Tensor out, Tensor x, Tensor panels) {
   const ScalarType sums = sums_of(panels.scalar_type());
   check_tensor("multiply", "x", x, sums, {panels.size(0), -1, -1});
   check_tensor("multiply", "out", out, sums, {panels.size(0), x.size(1), -1});
-  const CacheType type = cpu::cache_type(panels.scalar_type());
+  const CacheType type = cache_type(panels.scalar_type());
   const int64_t pair = cpu::weight_pair(type), depth = x.size(2), cols = out.size(2);
   check(panels.size(1) == (cols + cpu::kPanel - 1) / cpu::kPanel &&
             panels.size(2) == (depth + pair - 1) / pair && panels.size(3) == cpu::kPanel &&
@@ -233,9 +231,9 @@ void stage_combine(Tensor out, Tensor base, Tensor projected, Tensor bias, Tenso
   with_type(sums, [&](auto zero) {
     using T = decltype(zero);
     const auto data = [](const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); };
-    const auto& kernels = cpu::row_kernels<T>(cpu::cache_type(base.scalar_type()));
+    const auto& kernels = cpu::row_kernels<T>(cache_type(base.scalar_type()));
     for_rows(1, count, width, [&](int64_t, int64_t r, int64_t n) {
-      kernels.combine(cpu::view_of(base), cpu::view_of(out), shape, rows.data() + r, n,
+      kernels.combine(view_of(base), view_of(out), shape, rows.data() + r, n,
                       data(projected) + r * width, data(bias), data(logits) + r * shape.heads,
                       data(head_bias), how, false);
     });

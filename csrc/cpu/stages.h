@@ -15,24 +15,6 @@ namespace c2c::cpu {
 constexpr int64_t kElementsPerTask = 16384;  // below this a second thread does not pay
 constexpr int64_t kInputBytesPerTask = int64_t{256} << 10;  // rows that a product reads stay in L2
 
-inline CacheType cache_type(torch::headeronly::ScalarType type) {
-  using torch::headeronly::ScalarType;
-  switch (type) {
-    case ScalarType::Double:
-      return CacheType::kFloat64;
-    case ScalarType::BFloat16:
-      return CacheType::kBfloat16;
-    case ScalarType::Half:
-      return CacheType::kFloat16;
-    default:
-      return CacheType::kFloat32;
-  }
-}
-
-inline CacheView view_of(const torch::stable::Tensor& t) {
-  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
-}
-
 template <class T>
 struct Matrices {  // `streams` matrices [rows, cols] at a row stride, one after another
   T* data;
@@ -46,7 +28,7 @@ template <class F>
 void for_rows(int64_t streams, int64_t rows, int64_t elements_per_row, const F& f) {
   const int64_t block =
       std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, elements_per_row));
-  const int64_t blocks = (rows + block - 1) / block;
+  const int64_t blocks = parts(rows, block);
   torch::stable::parallel_for(0, streams * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = (i % blocks) * block;
@@ -84,14 +66,14 @@ void multiply(const PanelGemm<T>& gemm, CacheType type, int64_t streams, int64_t
   const bool native = gemm.multiply_native != nullptr;
   const int64_t even = (depth + 1) / 2 * 2;
   const int64_t stream_bytes =
-      (cols + kPanel - 1) / kPanel * panel_elements(depth, type) * weight_size(type);
+      parts(cols, kPanel) * panel_elements(depth, type) * weight_size(type);
   // A task has as many rows as stay in a core's cache while it goes through its columns.
   const int64_t input_bytes =
       std::max<int64_t>(1, depth * (native ? 2 : static_cast<int64_t>(sizeof(T))));
   const int64_t block = std::max<int64_t>(8, kInputBytesPerTask / input_bytes / 8 * 8);
-  const int64_t row_blocks = (rows + block - 1) / block;
+  const int64_t row_blocks = parts(rows, block);
   const int64_t step = 4 * gemm.column_step;
-  const int64_t column_blocks = (cols + step - 1) / step;
+  const int64_t column_blocks = parts(cols, step);
   const int64_t per_stream = row_blocks * column_blocks;
   torch::stable::parallel_for(0, streams * per_stream, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

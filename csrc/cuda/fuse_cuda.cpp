@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../ops.h"
+#include "../fuse_op.h"
 #include "fused_gemm.h"
 #include "hopper_gemm.h"
 #include "runtime.h"
@@ -17,7 +17,6 @@ namespace c2c {
 namespace {
 
 using cuda::Block;
-using cuda::CacheType;
 using cuda::Combine;
 using cuda::Device;
 using cuda::FusedCall;
@@ -36,29 +35,6 @@ constexpr int64_t kScratchBytes = int64_t{64} << 20;
 constexpr int64_t kMaxRows = int64_t{1} << 30;  // of one launch
 constexpr int64_t kAlignment = 16;              // of every row of scratch, in bytes
 
-#ifdef C2C_EMULATE
-constexpr Placement kPlacement = Placement::kCpuRows;
-#else
-constexpr Placement kPlacement = Placement::kCuda;
-#endif
-
-CacheType cache_type(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double:
-      return CacheType::kFloat64;
-    case ScalarType::BFloat16:
-      return CacheType::kBfloat16;
-    case ScalarType::Half:
-      return CacheType::kFloat16;
-    default:
-      return CacheType::kFloat32;
-  }
-}
-
-cuda::CacheView view_of(const Tensor& t) {
-  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
-}
-
 HeadShape head_shape(const KVShape& shape) {
   return {static_cast<int>(shape.heads), static_cast<int>(shape.dim)};
 }
@@ -69,30 +45,25 @@ std::vector<const void*> addresses(const std::vector<Tensor>& tensors) {
   return result;
 }
 
-int64_t parts(int64_t count, int64_t at_most) { return (count + at_most - 1) / at_most; }
-// The size of equal parts, of at most `at_most`, that `count` is split into.
-int64_t equal_part(int64_t count, int64_t at_most) { return parts(count, parts(count, at_most)); }
-
 class Fusion {
  public:
-  Fusion(const FuseCall& call, const PackedWeights& weights, const std::optional<Tensor>& token_map,
-         Activation activation, Integration integration, bool accumulate, Path path)
-      : call_(call),
-        s_(call.sizes),
-        w_(weights),
-        device_(*call.streams[0].base),
-        scalar_(call.streams[0].base->scalar_type()),
+  Fusion(const FuseRequest& request, Path path)
+      : call_(request.call),
+        s_(call_.sizes),
+        w_(request.weights),
+        device_(*call_.streams[0].base),
+        scalar_(call_.streams[0].base->scalar_type()),
         type_(cache_type(scalar_)),
-        size_(static_cast<int64_t>(call.streams[0].base->element_size())),
+        size_(static_cast<int64_t>(call_.streams[0].base->element_size())),
         sums_size_(scalar_ == ScalarType::Double ? 8 : 4),
         tokens_{nullptr, 0, 0, s_.batch, s_.tokens, s_.sharer_tokens},
-        activation_(activation),
-        integration_(integration),
-        accumulate_(accumulate),
+        activation_(request.activation),
+        integration_(request.integration),
+        accumulate_(request.accumulate),
         path_(path),
-        deep_w2_(addresses(weights.deep_w2)),
-        deep_w1_(addresses(weights.deep_w1)) {
-    if (token_map) {
+        deep_w2_(addresses(w_.deep_w2)),
+        deep_w1_(addresses(w_.deep_w1)) {
+    if (const auto& token_map = request.token_map) {
       tokens_.map = static_cast<const int64_t*>(token_map->const_data_ptr());
       tokens_.batch_stride = token_map->dim() == 2 ? token_map->stride(0) : 0;
       tokens_.token_stride = token_map->stride(token_map->dim() - 1);
@@ -314,36 +285,23 @@ void check_width(const char* side, const KVShape& shape) {
   }
 }
 
-void fuse_cuda(std::vector<Tensor> out_keys, std::vector<Tensor> out_values,
-               std::vector<Tensor> base_keys, std::vector<Tensor> base_values,
-               std::vector<Tensor> sharer_keys, std::vector<Tensor> sharer_values,
-               std::optional<Tensor> token_map, std::vector<int64_t> layers,
-               std::vector<int64_t> sources, int64_t num_keys, int64_t sharer_heads,
-               int64_t sharer_dim, int64_t receiver_heads, int64_t receiver_dim, int64_t inner,
-               bool reads_receiver, Tensor in_weight, Tensor in_bias, Tensor w1, Tensor w2,
-               Tensor branch_w1, std::vector<Tensor> deep_w2, std::vector<Tensor> deep_w1,
-               Tensor out_weight, Tensor out_bias, Tensor head_weight, Tensor head_bias,
-               std::string activation, std::string integration, bool accumulate) {
-  const PackedWeights weights{in_weight, in_bias,    w1,       w2,          branch_w1, deep_w2,
-                              deep_w1,   out_weight, out_bias, head_weight, head_bias};
-  const Activation act = parse_activation(activation);
-  const Integration how = parse_integration(integration);
-  const FuseCall call =
-      check_fuse(kPlacement, out_keys, out_values, base_keys, base_values, sharer_keys,
-                 sharer_values, token_map, layers, sources, num_keys, {sharer_heads, sharer_dim},
-                 {receiver_heads, receiver_dim}, inner, reads_receiver, weights);
-  if (call.sizes.streams == 0 || call.sizes.batch * call.sizes.tokens == 0) return;
-  check_width("sharer", call.sizes.sharer);
-  check_width("receiver", call.sizes.receiver);
-  Fusion(call, weights, token_map, act, how, accumulate, cuda::chosen_path()).run();
+}  // namespace
+
+void fuse_cuda(const FuseRequest& request) {
+  check_width("sharer", request.call.sizes.sharer);
+  check_width("receiver", request.call.sizes.receiver);
+  Fusion(request, cuda::chosen_path()).run();
 }
 
-}  // namespace
 }  // namespace c2c
 
 #ifdef C2C_EMULATE
 STABLE_TORCH_LIBRARY(c2c_emulated, m) { m.def(c2c::kFuseSchema); }
-STABLE_TORCH_LIBRARY_IMPL(c2c_emulated, CPU, m) { m.impl("fuse_", TORCH_BOX(&c2c::fuse_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(c2c_emulated, CPU, m) {
+  m.impl("fuse_", TORCH_BOX((&c2c::fuse_<c2c::Placement::kCpuRows, c2c::fuse_cuda>)));
+}
 #else
-STABLE_TORCH_LIBRARY_IMPL(c2c, CUDA, m) { m.impl("fuse_", TORCH_BOX(&c2c::fuse_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(c2c, CUDA, m) {
+  m.impl("fuse_", TORCH_BOX((&c2c::fuse_<c2c::Placement::kCuda, c2c::fuse_cuda>)));
+}
 #endif

@@ -7,12 +7,12 @@
 
 #include <cstdint>
 
+#include "../cache_view.h"
+
 namespace c2c::cuda {
 
-struct CacheView {  // [B, H, N, D]
-  const void* data;
-  int64_t stride[4];  // batch, head, token, channel; in elements, not bytes
-};
+using c2c::CacheType;
+using c2c::CacheView;
 
 constexpr int kMaxStreams = 128;  // of one launch
 
@@ -36,7 +36,5 @@ struct Tokens {
 struct HeadShape {
   int heads, dim;
 };
-
-enum class CacheType { kFloat64, kFloat32, kBfloat16, kFloat16 };
 
 }  // namespace c2c::cuda
