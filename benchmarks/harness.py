@@ -52,6 +52,11 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def with_device(parser: argparse.ArgumentParser) -> None:
+    """Adds the option of benchmarks that run on a GPU too."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+
+
 def positive(text: str) -> int:
     """An argument that is an integer of at least 1."""
     value = int(text)
@@ -86,7 +91,8 @@ class Results:
     Sets threads and affinity, measures the ceilings and records all of them.
 
     Args:
-        benchmark: its name; without --output and --quick the file is results/<name>.json.
+        benchmark: its name; without --output and --quick the file is results/<name>.json, or
+            results/<name>_cuda.json.
         options: parsed `arguments`.
         dtypes: of the GEMM ceilings, keys of `report.DTYPES`.
         device: whose ceilings.
@@ -104,7 +110,9 @@ class Results:
             raise SystemExit(f"--output: there is no directory {options.output.resolve().parent}")
         if options.output is not None and options.output.is_dir():
             raise SystemExit(f"--output must be a file, {options.output} is a directory")
-        default = None if options.quick else RESULTS / f"{benchmark}.json"
+        on = getattr(options, "device", "cpu")
+        name = benchmark if on == "cpu" else f"{benchmark}_{on}"
+        default = None if options.quick else RESULTS / f"{name}.json"
         self.target: Path | None = options.output or default
         if options.affinity is not None:  # before the first thread is started: they inherit it
             os.sched_setaffinity(0, options.affinity)

@@ -300,8 +300,15 @@ def measure_fusion(
     ceilings: Callable[[torch.dtype], Ceilings],
     effort: Effort,
     providers: tuple[str, ...] = PROVIDERS,
+    calls: Mapping[str, Callable[[int], KVPairs]] | None = None,
+    check: Callable[[str, Callable[[int], KVPairs]], Mapping[str, Any]] | None = None,
 ) -> tuple[list[Cell], list[Cell]]:
-    """`measure_cell` of one fusion; ``cell`` gets batch, tokens and dtype of the case."""
+    """`measure_cell` of one fusion; ``cell`` gets batch, tokens and dtype of the case.
+
+    Args:
+        calls: in place of the case's own for ``providers``.
+        check: in place of the case's own.
+    """
     cell = {
         **cell,
         "dtype": str(case.dtype).removeprefix("torch."),
@@ -310,8 +317,9 @@ def measure_fusion(
         "open_streams": len(case.open),
         "cache_sets": len(case.sets),
     }
-    calls, work = case.calls(providers), case.minimum()
-    return measure_cell(cell, calls, case.check, work, ceilings, effort, _clock(case.device))
+    calls = case.calls(providers) if calls is None else calls
+    check, work = check or case.check, case.minimum()
+    return measure_cell(cell, calls, check, work, ceilings, effort, _clock(case.device))
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, build_info
+from . import __version__, build_info, cuda_paths
 from . import report as reports
 from .estimate import Workload
 from .facts import read_fuser, read_model
@@ -44,9 +45,9 @@ def describe() -> dict[str, str]:
         f"{_cpu_name()}: compiled op, {build['cpu_instruction_set']} kernels, "
         f"{torch.get_num_threads()} threads"
     )
-    missing = kernels_missing(torch.device("cuda"))
+    missing, table = kernels_missing(torch.device("cuda")), build["cuda_dispatch"]
     if torch.cuda.is_available():
-        path = "compiled op, CUDA kernels (never measured on a GPU)"
+        path = "compiled op, CUDA kernels" + ("" if table else " (never measured on a GPU)")
         if missing is not None:
             path = f"plain PyTorch reference ({missing})"
         for i in range(torch.cuda.device_count()):
@@ -55,6 +56,8 @@ def describe() -> dict[str, str]:
         lines["cuda"] = "no device"
         if missing is not None and build["cuda_architectures"]:
             lines["cuda"] += f"; no kernels: {missing}"
+    if build["cuda_architectures"]:
+        lines["CUDA paths"] = cuda_paths.describe(table, os.environ.get(cuda_paths.VARIABLE))
     return lines
 
 

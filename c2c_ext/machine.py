@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from . import build_info
+from . import build_info, cuda_paths
 from .info import describe
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-# Environment variables that change which instructions run, or on how many threads.
+# Environment variables that change which instructions or kernels run, or on how many threads.
 VARIABLES = (
+    cuda_paths.VARIABLE,
     *("C2C_EXT_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"),
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "KMP_AFFINITY", "GOMP_CPU_AFFINITY"),
 )

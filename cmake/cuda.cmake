@@ -130,6 +130,9 @@ function(c2c_add_cuda_libraries)
     target_link_libraries(c2c_ext_cuda PRIVATE torch_cpu_shims "${C2C_CUDART}" rt pthread
                           ${CMAKE_DL_LIBS} "-Wl,--exclude-libs,ALL")
     c2c_op_options(c2c_ext_cuda)
+    if("${C2C_EXT_CUDA_ARCHITECTURES}" MATCHES "90a(-real)?(;|$)")
+      target_compile_definitions(c2c_ext_cuda PRIVATE C2C_HAS_SM_90A)
+    endif()
   endif()
 
   set_source_files_properties(${c2c_cuda_kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-x;c++")

@@ -71,6 +71,7 @@ def test_build_info_says_what_was_built() -> None:
         "compiler",
         "flags",
         "cuda_architectures",
+        "cuda_dispatch",
         "abi_target",
         "built_with_torch",
         "cpu_instruction_set",

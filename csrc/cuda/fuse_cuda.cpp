@@ -47,7 +47,7 @@ std::vector<const void*> addresses(const std::vector<Tensor>& tensors) {
 
 class Fusion {
  public:
-  Fusion(const FuseRequest& request, Path path)
+  explicit Fusion(const FuseRequest& request)
       : call_(request.call),
         s_(call_.sizes),
         w_(request.weights),
@@ -60,7 +60,7 @@ class Fusion {
         activation_(request.activation),
         integration_(request.integration),
         accumulate_(request.accumulate),
-        path_(path),
+        path_(cuda::chosen_path(device_, type_, s_.batch * s_.tokens)),
         deep_w2_(addresses(w_.deep_w2)),
         deep_w1_(addresses(w_.deep_w1)) {
     if (const auto& token_map = request.token_map) {
@@ -290,7 +290,7 @@ void check_width(const char* side, const KVShape& shape) {
 void fuse_cuda(const FuseRequest& request) {
   check_width("sharer", request.call.sizes.sharer);
   check_width("receiver", request.call.sizes.receiver);
-  Fusion(request, cuda::chosen_path()).run();
+  Fusion(request).run();
 }
 
 }  // namespace c2c

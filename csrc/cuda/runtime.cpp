@@ -5,9 +5,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
+#include <atomic>
+#include <cstddef>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+
+#include "dispatch_table.h"
 
 #ifndef C2C_EMULATE
 #include <dlfcn.h>
@@ -38,6 +42,22 @@ GetStream find_get_stream() {
 }
 #endif
 
+#ifdef C2C_EMULATE
+// A capability that no GPU has, so that tests see what `auto` makes of a table.
+constexpr std::array<DispatchRow, 1> kTable{{{1, CacheType::kBfloat16, 4, 16, Path::kFused}}};
+#else
+constexpr const auto& kTable = kDispatchTable;
+#endif
+
+// The table's path, if this build has it.
+Path measured_path(int capability, CacheType type, int64_t rows) {
+  const Path path = fastest_path(kTable, capability, type, rows);
+#ifndef C2C_HAS_SM_90A
+  if (path == Path::kHopper) return Path::kPlain;
+#endif
+  return path;
+}
+
 Tensor matrices(const void* data, std::array<int64_t, 3> sizes, std::array<int64_t, 3> strides,
                 torch::stable::Device device, ScalarType type) {
   return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, device, type);
@@ -49,6 +69,11 @@ Tensor matrices(const void* data, std::array<int64_t, 3> sizes, std::array<int64
 struct Device::Guard {};
 
 Device::Device(const Tensor& on) : device_(on.device()), stream_() {}
+
+int Device::capability() const {
+  const char* value = std::getenv("C2C_EMULATE_CAPABILITY");
+  return value == nullptr ? 0 : std::atoi(value);
+}
 #else
 struct Device::Guard {
   explicit Guard(int32_t index) : torch(index) {}
@@ -67,6 +92,29 @@ Device::Device(const Tensor& on) : device_(on.device()), stream_(nullptr) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(get_stream(index, &stream));
   stream_ = static_cast<cudaStream_t>(stream);
+}
+
+int Device::capability() const {
+  static std::array<std::atomic<int>, 64> known{};  // by GPU; 0: not asked yet
+  const int32_t index = device_.index();
+  const auto ask = [index](cudaDeviceAttr which) {
+    int answer = 0;
+    const cudaError_t status = cudaDeviceGetAttribute(&answer, which, index);
+    if (status != cudaSuccess) {
+      throw std::runtime_error(
+          "c2c_ext.fuse: GPU " + std::to_string(index) +
+          " does not tell its compute capability: " + cudaGetErrorString(status));
+    }
+    return answer;
+  };
+  const bool kept = index >= 0 && static_cast<std::size_t>(index) < known.size();
+  int capability = kept ? known[index].load(std::memory_order_relaxed) : 0;
+  if (capability == 0) {
+    capability =
+        10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
+    if (kept) known[index].store(capability, std::memory_order_relaxed);
+  }
+  return capability;
 }
 #endif
 
@@ -94,10 +142,11 @@ void Device::multiply(ScalarType type, const Block& block, const Matrices& out, 
   torch::stable::detail::to<Tensor>(stack[0]);  // `to` again, a reference of its own
 }
 
-Path chosen_path() {
+Path chosen_path(const Device& device, CacheType type, int64_t rows) {
   const char* value = std::getenv("C2C_EXT_CUDA_PATH");
   const std::string name = value == nullptr || *value == '\0' ? "auto" : value;
-  if (name == "auto" || name == "plain") return Path::kPlain;  // no other has been measured
+  if (name == "auto") return measured_path(device.capability(), type, rows);
+  if (name == "plain") return Path::kPlain;
   if (name == "fused") return Path::kFused;
   if (name == "hopper") return Path::kHopper;
   throw std::runtime_error(

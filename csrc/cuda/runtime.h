@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "dispatch.h"
 #include "row_kernels.h"
 
 namespace c2c::cuda {
@@ -21,6 +22,11 @@ class Device {
   Device& operator=(const Device&) = delete;
 
   cudaStream_t stream() const { return stream_; }
+
+  // Compute capability, 10 * major + minor; the GPU is asked once. Under C2C_EMULATE the
+  // environment variable C2C_EMULATE_CAPABILITY, else 0. Throws std::runtime_error if the GPU does
+  // not answer.
+  int capability() const;
 
   // Uninitialised, from torch's allocator: belongs to the current stream.
   torch::stable::Tensor scratch(int64_t bytes) const;
@@ -39,16 +45,10 @@ class Device {
   cudaStream_t stream_;
 };
 
-// Which kernels run.
-enum class Path {
-  kPlain,   // torch's bmm and row_kernels.cu
-  kFused,   // everything in our own matrix products (mma.sync)
-  kHopper,  // the same for sm_90a (wgmma)
-};
-
 // The path that the environment variable C2C_EXT_CUDA_PATH asks for (plain, fused or hopper), or,
-// where it says auto or is not set, the default. Throws std::runtime_error naming it.
-Path chosen_path();
+// where it says auto or is not set, what dispatch_table.h says of a call of so many rows on this
+// GPU. Throws std::runtime_error naming the variable, or if the GPU does not tell what it is.
+Path chosen_path(const Device& device, CacheType type, int64_t rows);
 
 // The environment variable C2C_EMULATE_SCRATCH (bytes) in place of `bytes` under C2C_EMULATE, so
 // that tests reach more than one chunk.
