@@ -28,6 +28,7 @@ from .generation_arguments import (
     tokens_held,
 )
 from .model_kv import ModelKV
+from .overlap import usable
 from .prompt_fusion import Prompt, fuse_prompt, holds_fused_prompt, read_on
 
 _ATTACHMENT = "_c2c_attachment"
@@ -61,6 +62,7 @@ class _Attachment:
     original_class: type
     sharer: PreTrainedModel
     fuser: Fuser
+    overlap: str = "none"  # of overlap.usable
     # By thread: streamers are usually read in one thread while generate runs in another.
     calls: dict[int, _Call] = field(default_factory=dict)
 
@@ -176,7 +178,9 @@ class _FusedGeneration:
         return (_rebuild, (build, arguments), *rest)
 
 
-def attach(receiver: PreTrainedModel, sharer: PreTrainedModel, fuser: Fuser) -> PreTrainedModel:
+def attach(
+    receiver: PreTrainedModel, sharer: PreTrainedModel, fuser: Fuser, *, overlap: str = "none"
+) -> PreTrainedModel:
     """Makes ``receiver.generate`` answer from its own cache fused with the sharer's.
 
     The receiver stays the same object, with its own parameters, state dict and saved form only.
@@ -186,6 +190,11 @@ def attach(receiver: PreTrainedModel, sharer: PreTrainedModel, fuser: Fuser) -> 
         receiver: a decoder-only transformers model that can generate.
         sharer: a decoder-only transformers model, with or without a language-model head.
         fuser: a fuser between the two.
+        overlap: how the two prefills of a prompt run. ``"none"``: one after the other. On GPUs the
+            sharer's can run beside the receiver's: ``"stream"``, on a CUDA stream of its own, or
+            ``"thread"``, launched by a thread too. Both are for trying out: whether they are faster
+            has not been measured. The result is the same. Elsewhere ``"stream"`` changes nothing,
+            and models that share parameters never overlap.
 
     Returns:
         ``receiver``.
@@ -193,7 +202,8 @@ def attach(receiver: PreTrainedModel, sharer: PreTrainedModel, fuser: Fuser) -> 
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: the receiver is attached already, a model is an encoder-decoder or keeps no
-            plain keys and values, or the fuser was made for other KV shapes; names the layer.
+            plain keys and values, the fuser was made for other KV shapes (names the layer), or an
+            unknown ``overlap``.
     """
     for name, model in (("receiver", receiver), ("sharer", sharer)):
         if not isinstance(model, PreTrainedModel):
@@ -221,8 +231,9 @@ def attach(receiver: PreTrainedModel, sharer: PreTrainedModel, fuser: Fuser) -> 
     )
     if problems:
         raise ValueError(f"c2c_ext.attach: {problems[0]}")
+    overlap = usable(overlap, receiver, sharer)
     original = type(receiver)
-    setattr(receiver, _ATTACHMENT, _Attachment(original, sharer, fuser))
+    setattr(receiver, _ATTACHMENT, _Attachment(original, sharer, fuser, overlap))
     receiver.__class__ = _attached_class(original)
     return receiver
 
@@ -243,10 +254,10 @@ def detach(receiver: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def attached(
-    receiver: PreTrainedModel, sharer: PreTrainedModel, fuser: Fuser
+    receiver: PreTrainedModel, sharer: PreTrainedModel, fuser: Fuser, *, overlap: str = "none"
 ) -> Iterator[PreTrainedModel]:
     """``with attached(receiver, sharer, fuser):`` attaches and, whatever happens, detaches."""
-    attach(receiver, sharer, fuser)
+    attach(receiver, sharer, fuser, overlap=overlap)
     try:
         yield receiver
     finally:
@@ -266,7 +277,13 @@ def _attached_class(original: type) -> type:
                 kwargs = read_on(call.prompt, call.held, input_ids, kwargs)
             else:
                 kwargs = fuse_prompt(
-                    self, attachment.sharer, attachment.fuser, call.prompt, input_ids, kwargs
+                    self,
+                    attachment.sharer,
+                    attachment.fuser,
+                    call.prompt,
+                    input_ids,
+                    kwargs,
+                    attachment.overlap,
                 )
             call.begun = True
         return original.prepare_inputs_for_generation(self, input_ids, **kwargs)

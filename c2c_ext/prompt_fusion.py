@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from .fuser import Fuser
 from .fusion import fuse
+from .overlap import run_both
 
 # Newer versions of transformers trim the inputs to this many tokens; older ones by cache_position.
 _TRIMS_BY_LENGTH = (
@@ -71,12 +73,14 @@ def fuse_prompt(
     prompt: Prompt,
     input_ids: Tensor,  # [batch * beams, prompt.length or more (drafted tokens)]
     kwargs: dict[str, Any],
+    overlap: str = "none",
 ) -> dict[str, Any]:
     """Fills the cache to decode from with the fused prompt.
 
     Args:
         input_ids: of the first `prepare_inputs_for_generation` of a call of generate.
         kwargs: its other arguments.
+        overlap: how the two prefills do, of `overlap.usable`.
 
     Returns:
         the arguments for what is left of the prompt: its last token and any drafted ones.
@@ -112,7 +116,7 @@ def fuse_prompt(
         mask = kwargs.get("attention_mask")
         mask = None if mask is None else mask[::repeats, :length]
         ids = input_ids[::repeats, :length]
-        fused = _fused_cache(receiver, sharer, fuser, prompt, ids, mask)
+        fused = _fused_cache(receiver, sharer, fuser, prompt, ids, mask, overlap)
         _fill(cache, fused, repeats)
         if _TRIMS_BY_LENGTH:
             kwargs["next_sequence_length"] = given - length
@@ -181,6 +185,7 @@ def _fused_cache(
     prompt: Prompt,
     ids: Tensor,  # [batch, n]: the prompt without its last token
     mask: Tensor | None,  # [batch, n]
+    overlap: str,
 ) -> list[tuple[Tensor, Tensor]]:
     """One fused (key, value) ``[batch, heads, n, dim]`` per receiver layer."""
     n = ids.shape[1]
@@ -191,8 +196,12 @@ def _fused_cache(
     else:
         position_ids = torch.arange(n, device=ids.device).expand(ids.shape)
     sharer_ids = _ids_for_sharer(receiver, sharer, ids, mask)
-    base = _prefill("receiver", receiver, ids, mask, position_ids)
-    shared = _prefill("sharer", sharer, sharer_ids, mask, position_ids)
+    prefills = []
+    for role, model, read in (("receiver", receiver, ids), ("sharer", sharer, sharer_ids)):
+        # Moved now: each prefill may run on a stream or in a thread of its own.
+        given = (None if t is None else t.to(model.device) for t in (read, mask, position_ids))
+        prefills.append(functools.partial(_prefill, role, model, *given))
+    base, shared = run_both(overlap, receiver, sharer, *prefills)
     shared = [(key.to(base[0][0]), value.to(base[0][0])) for key, value in shared]
     token_map = _token_map(prompt.columns, mask, ids)
     # In place: these tensors are ours alone.
@@ -202,13 +211,16 @@ def _fused_cache(
 def _prefill(
     role: str, model: PreTrainedModel, ids: Tensor, mask: Tensor | None, position_ids: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """(key, value) ``[batch, heads, n, dim]`` of every layer, sliding ones too."""
+    """(key, value) ``[batch, heads, n, dim]`` of every layer, sliding ones too.
+
+    The tensors are on the model's device.
+    """
     cache = DynamicCache()  # made without the configuration, so that no layer slides
     # The base model: no logits are needed, and a compiled forward is left alone.
     model.base_model(
-        input_ids=ids.to(model.device),
-        attention_mask=None if mask is None else mask.to(model.device),
-        position_ids=position_ids.to(model.device),
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=position_ids,
         past_key_values=cache,
         use_cache=True,
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import re
+import types
 
 import golden_data
 import pytest
+import tiny_models
 import torch
 from conftest import (
     arguments_of,
@@ -21,11 +23,12 @@ from conftest import (
     same_bits,
     set_gates,
 )
+from generation_checks import generate, left_padded, new_tokens
 from test_golden import caches as golden_caches
 from variants import COMPILED
 
 import c2c_ext
-from c2c_ext import ops
+from c2c_ext import ops, overlap
 
 WIDE = {"hidden_size": 256, "intermediate_size": 384}
 MAP = [[8, -1, 0, 3, 3, 1, 7], [-1, 2, -1, 4, 5, 9, 0]]
@@ -186,6 +189,69 @@ def test_compiles_without_a_break(gpu):
 
     sharer = [(key[:, :, :7], value[:, :, :7]) for key, value in sharer]
     assert all(map(same_bits, flat(fused(base, sharer)), expected))
+
+
+@pytest.fixture(scope="module")
+def models():
+    return tiny_models.trio()
+
+
+@pytest.mark.parametrize("own_stream", [False, True], ids=["default stream", "own stream"])
+@pytest.mark.parametrize("how", ["stream", "thread"])
+def test_overlapped_prefills_equal_those_in_turn(gpu, models, how, own_stream):
+    """The prompt is written late: a prefill that does not wait for it reads zeros."""
+    receiver, sharer, fuser = (model.to(gpu) for model in models)
+    written, mask = (t.to(gpu) for t in left_padded())
+    with c2c_ext.attached(receiver, sharer, fuser):
+        expected = generate(receiver, written, attention_mask=mask)
+    torch.cuda.synchronize(gpu)
+    current = torch.cuda.Stream(gpu) if own_stream else torch.cuda.default_stream(gpu)
+    with (
+        c2c_ext.attached(receiver, sharer, fuser, overlap=how),
+        torch.cuda.device(gpu),
+        torch.cuda.stream(current),
+    ):
+        for _ in range(5):  # memory of the side stream is used again
+            ids = torch.zeros_like(written)
+            torch.cuda._sleep(20_000_000)  # about 10 ms
+            ids.copy_(written)
+            output = generate(receiver, ids, attention_mask=mask)
+            assert torch.equal(new_tokens(output, ids), new_tokens(expected, ids))
+            assert all(map(same_bits, output.logits, expected.logits))
+
+
+@pytest.mark.parametrize("how", ["stream", "thread"])
+def test_overlapped_prefills_run_on_two_streams(gpu, how):
+    side, seen = overlap.side_stream(gpu), []
+    place = types.SimpleNamespace(device=gpu)
+
+    def prefill():
+        seen.append(torch.cuda.current_stream(gpu))
+        tensor = torch.empty(1 << 20, device=gpu)
+        torch.cuda._sleep(50_000_000)
+        tensor.fill_(1.0)
+        return [(tensor, tensor)]
+
+    base, shared = overlap.run_both(how, place, place, prefill, prefill)
+    total = base[0][0] + shared[0][0]  # on the current stream, which has waited
+    del base, shared
+    assert total.eq(2.0).all()
+    assert set(seen) == {side, torch.cuda.current_stream(gpu)}
+
+
+if torch.cuda.device_count() > 1:
+
+    def test_models_on_two_gpus_overlap(models):
+        receiver, sharer, fuser = models
+        ids, mask = left_padded()
+        tokens = {}
+        for how in overlap.OVERLAPS:
+            receiver.to("cuda:0"), sharer.to("cuda:1"), fuser.to("cuda:0")
+            with c2c_ext.attached(receiver, sharer, fuser, overlap=how):
+                output = generate(receiver, ids.to("cuda:0"), attention_mask=mask.to("cuda:0"))
+            tokens[how] = output.sequences
+        assert torch.equal(tokens["none"], tokens["stream"])
+        assert torch.equal(tokens["none"], tokens["thread"])
 
 
 def test_tensors_of_another_device_are_refused(gpu):
