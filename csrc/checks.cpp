@@ -1,9 +1,8 @@
 // Host-side checks of the fusion op's arguments, shared by every device.
 #include <algorithm>
 #include <array>
-#include <sstream>
-#include <stdexcept>
 
+#include "check_arguments.h"
 #include "cpu/panel_gemm.h"
 #include "ops.h"
 #include "scalar_math.h"
@@ -12,65 +11,6 @@ namespace c2c {
 namespace {
 
 using torch::headeronly::ScalarType;
-
-constexpr int64_t kMaxWidth = int64_t{1} << 24;  // so that sums of products of sizes fit 64 bits
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  message << "c2c_ext.fuse: ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-std::string item(const char* list, int64_t index) {
-  return std::string(list) + "[" + std::to_string(index) + "]";
-}
-
-const char* dtype_name(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Long:
-      return "int64";
-    default:
-      return "another dtype";
-  }
-}
-
-std::string device_name(const Tensor& t) {
-  return t.is_cpu() ? "cpu" : (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device());
-}
-
-void check_dim(const std::string& name, const Tensor& t, int64_t dim, const char* meaning,
-               int64_t expected, const char* rule) {
-  if (t.size(dim) != expected) {
-    fail(name, " dim ", dim, " (", meaning, ") must equal ", expected, " (", rule, "), got ",
-         t.size(dim));
-  }
-}
-
-void check_rank(const std::string& name, const Tensor& t, int64_t rank) {
-  if (t.dim() != rank) fail(name, " must have ", rank, " dimensions, got ", t.dim());
-}
-
-void check_like(const std::string& name, const Tensor& t, const Tensor& first,
-                const std::string& first_name) {
-  if (t.scalar_type() != first.scalar_type()) {
-    fail(name, " must have the dtype of ", first_name, " (", dtype_name(first.scalar_type()),
-         "), got ", dtype_name(t.scalar_type()));
-  }
-  if (t.is_cpu() != first.is_cpu() || t.get_device() != first.get_device()) {
-    fail(name, " must be on the device of ", first_name, " (", device_name(first), "), got ",
-         device_name(t));
-  }
-}
 
 // A packed weight: contiguous, of the given shape, in the compute dtype, on the caches' device.
 void check_weight(const std::string& name, const Tensor& t, std::initializer_list<int64_t> shape,

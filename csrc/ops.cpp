@@ -5,6 +5,8 @@
 
 STABLE_TORCH_LIBRARY(c2c, m) {
   m.def(c2c::kFuseSchema);
+  m.def(c2c::kFuseTrainSchema);
+  m.def(c2c::kFuseTrainBackwardSchema);
 
   // What fuse_ checks of the memory that it writes to, for fusions in place that do not call it.
   // Reads addresses and strides only, on any device.

@@ -29,6 +29,25 @@ constexpr const char* kFuseSchema =
     "Tensor out_bias, Tensor head_weight, Tensor head_bias, str activation, str integration, "
     "bool accumulate) -> ()";
 
+// Training (train/fuse_train.h), functional. The streams of one shape group and their parameters as
+// FuserGroup has them; gate: [G, 1|B, 1|Ht, 1|N]. `saved` is what the backward reads beside the
+// inputs: nothing with recompute.
+#define C2C_TRAIN_INPUTS                                                                    \
+  "Tensor[] base, Tensor[] sharer, Tensor? token_map, Tensor? gate, "                       \
+  "Tensor in_weight, Tensor in_bias, Tensor shared_norm, Tensor shared_w1, "                \
+  "Tensor shared_w2, Tensor proj_norm, Tensor proj_w1, Tensor proj_w2, Tensor out_weight, " \
+  "Tensor out_bias, Tensor? weight_norm, Tensor? weight_w1, Tensor? weight_w2, "            \
+  "Tensor? head_weight, Tensor? head_bias, str activation, str integration, "               \
+  "bool reads_receiver, float dropout, SymInt seed, SymInt offset, bool recompute"
+constexpr const char* kFuseTrainSchema =
+    "fuse(" C2C_TRAIN_INPUTS ") -> (Tensor[] out, Tensor[] saved)";
+// needed: of base, sharer, gate and every parameter in order; what it wants is returned in that
+// order, base and sharer one per stream.
+constexpr const char* kFuseTrainBackwardSchema =
+    "fuse_backward(Tensor[] grad_out, " C2C_TRAIN_INPUTS
+    ", Tensor[] saved, bool[] needed) -> Tensor[]";
+#undef C2C_TRAIN_INPUTS
+
 // Where the tensors of a call have to be, and how the packed matrices lie there.
 enum class Placement {
   kCpu,      // matrices in panels (cpu/panel_gemm.h)

@@ -6,6 +6,7 @@
 
 #include "panel_gemm.h"
 #include "row_kernels.h"
+#include "train_kernels.h"
 
 namespace c2c::cpu {
 
@@ -17,7 +18,8 @@ namespace c2c::cpu {
   PanelGemm<double> float64_gemm_##isa();     \
   PanelGemm<float> float32_gemm_##isa();      \
   PanelGemm<float> bfloat16_gemm_##isa();     \
-  PanelGemm<float> float16_gemm_##isa();
+  PanelGemm<float> float16_gemm_##isa();      \
+  TrainKernels train_kernels_##isa(CacheType type);
 
 C2C_DECLARE_KERNELS(baseline)
 #if defined(C2C_X86_VARIANTS)
@@ -33,13 +35,18 @@ struct Tables {
   RowKernels<float> rows32, rows_bf16, rows_fp16;
   PanelGemm<double> gemm64;
   PanelGemm<float> gemm32, gemm_bf16, gemm_fp16;
+  std::array<TrainKernels, 4> train;  // by CacheType
 };
 
-#define C2C_TABLES(isa)                                                         \
-  Tables {                                                                      \
-    float64_kernels_##isa(), float32_kernels_##isa(), bfloat16_kernels_##isa(), \
-        float16_kernels_##isa(), float64_gemm_##isa(), float32_gemm_##isa(),    \
-        bfloat16_gemm_##isa(), float16_gemm_##isa()                             \
+#define C2C_TRAIN(isa, type) train_kernels_##isa(CacheType::type)
+#define C2C_TABLES(isa)                                                              \
+  Tables {                                                                           \
+    float64_kernels_##isa(), float32_kernels_##isa(), bfloat16_kernels_##isa(),      \
+        float16_kernels_##isa(), float64_gemm_##isa(), float32_gemm_##isa(),         \
+        bfloat16_gemm_##isa(), float16_gemm_##isa(), {                               \
+      C2C_TRAIN(isa, kFloat64), C2C_TRAIN(isa, kFloat32), C2C_TRAIN(isa, kBfloat16), \
+          C2C_TRAIN(isa, kFloat16)                                                   \
+    }                                                                                \
   }
 
 constexpr std::array<const char*, 4> kSets{"baseline", "avx2", "avx512", "avx512bf16"};
@@ -111,6 +118,10 @@ const PanelGemm<float>& panel_gemm<float>(CacheType type) {
 template <>
 const PanelGemm<double>& panel_gemm<double>(CacheType) {
   return tables().gemm64;
+}
+
+const TrainKernels& train_kernels(CacheType type) {
+  return tables().train[static_cast<size_t>(type)];
 }
 
 const char* instruction_set() { return tables().rows32.instruction_set; }

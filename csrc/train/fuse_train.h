@@ -93,6 +93,7 @@
 #include <vector>
 
 #include "call.h"
+#include "gradients.h"
 #include "matrices.h"
 
 namespace c2c::train {
@@ -103,27 +104,6 @@ namespace c2c::train {
 struct Kept {
   std::vector<Matrices> z, u;
   Matrices projected, weighting, logits;  // P without bias; the weighting branch's end; w's logits
-};
-
-// Which gradients a call wants, in the order in which they are returned.
-struct Needed {
-  bool base = false, sharer = false, gate = false;
-  bool in_weight = false, in_bias = false;
-  bool shared_norm = false, shared_w1 = false, shared_w2 = false;
-  bool proj_norm = false, proj_w1 = false, proj_w2 = false;
-  bool out_weight = false, out_bias = false;
-  bool weight_norm = false, weight_w1 = false, weight_w2 = false;
-  bool head_weight = false, head_bias = false;
-};
-
-// The wanted ones are defined: base and sharer one per stream, the rest in the shape and dtype of
-// their input.
-struct Gradients {
-  std::vector<Tensor> base, sharer;
-  std::optional<Tensor> gate;
-  std::optional<Tensor> in_weight, in_bias, shared_norm, shared_w1, shared_w2;
-  std::optional<Tensor> proj_norm, proj_w1, proj_w2, out_weight, out_bias;
-  std::optional<Tensor> weight_norm, weight_w1, weight_w2, head_weight, head_bias;
 };
 
 template <class Backend>

@@ -29,8 +29,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> fuse_op(
   const Sizes& s = call.sizes;
   std::vector<Tensor> out, saved;
   for (int64_t g = 0; g < s.streams; ++g) {
-    out.push_back(fusion.backend().empty({s.batch, s.receiver.heads, s.tokens, s.receiver.dim},
-                                         call.type));
+    out.push_back(
+        fusion.backend().empty({s.batch, s.receiver.heads, s.tokens, s.receiver.dim}, call.type));
   }
   if (!recompute) {
     for (const int64_t columns : fusion.saved_columns()) {
@@ -62,8 +62,7 @@ std::vector<Tensor> fuse_backward_op(
   check_backward(call, grad_out, saved, fusion.saved_columns(), needed);
   const Needed wanted = needed_of(needed);
   Gradients gradients;
-  const std::vector<Tensor> all =
-      allocate_gradients(call, wanted, fusion.backend(), gradients);
+  const std::vector<Tensor> all = allocate_gradients(call, wanted, fusion.backend(), gradients);
   fusion.backward(grad_out, saved, wanted, gradients);
   return all;
 }
