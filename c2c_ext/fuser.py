@@ -64,6 +64,27 @@ class FuserGroup(nn.Module):
 
         return stream_weights(at)
 
+    def streams(self) -> Callable[[int, torch.dtype | None], StreamWeights]:
+        """`stream` for all of them: a backward through every stream's views stacks gradients once.
+
+        Through `stream` it adds up one tensor of the whole parameter's size per stream.
+        """
+        unbound: dict[str, tuple[Tensor, ...] | None] = {}
+
+        def stream(index: int, dtype: torch.dtype | None = None) -> StreamWeights:
+            def at(name: str) -> Tensor | None:
+                if name not in unbound:
+                    parameter = getattr(self, name, None)
+                    unbound[name] = None if parameter is None else parameter.unbind(0)
+                views = unbound[name]
+                if views is None:
+                    return None
+                return views[index] if dtype is None else views[index].to(dtype)
+
+            return stream_weights(at)
+
+        return stream
+
     def open_streams(self) -> list[int]:
         """Indices of the streams whose gate is open. Syncs with the host."""
         count = len(self.layers) * len(self.kinds)

@@ -209,6 +209,12 @@ def fuse(
     config = fuser.config
     if gates is not None and not config.gate:
         raise ValueError("c2c_ext: gates must not be given for a fuser without gates (gate=False)")
+    weights = {
+        group.place(g): (streams, g)
+        for group in fuser.groups
+        for streams in [group.streams()]
+        for g in range(len(group.layers) * len(group.kinds))
+    }
     fused = []
     for layer, base_pair in enumerate(receiver_kv):
         source_pair = sharer_kv[config.layer_map[layer]]
@@ -217,7 +223,8 @@ def fuse(
             if kind not in config.kinds:
                 outs.append(base)
                 continue
-            w = fuser.stream(layer, kind, dtype=base.dtype)
+            stream, index = weights[layer, kind]
+            w = stream(index, base.dtype)
             aligned, mapped = _align(source, token_map, base)
             gate = base.new_ones(()) if gates is None else gates[layer][KINDS.index(kind)]
             seen = None if mapped is None else mapped[:, 0, :, 0]
@@ -225,7 +232,7 @@ def fuse(
             if gates is None and config.gate:
                 # Chosen, not multiplied: a closed stream keeps its bits. The logit as it is, since
                 # a small one is 0 in half precision.
-                out = torch.where(fuser.stream(layer, kind).gate_logit > 0, out, base)
+                out = torch.where(stream(index, None).gate_logit > 0, out, base)
             outs.append(out if mapped is None else torch.where(mapped, out, base))
         fused.append((outs[0], outs[1]))
     return fused

@@ -228,11 +228,12 @@ void combine_row(const FusedRows& f, const CacheView& out, int64_t r) {
     const C* t = token<C>(f.base, at.batch, head, at.token);
     C* o = token<C>(out, at.batch, head, at.token);
     const int64_t step = f.base.stride[3];
-    if (at.source < 0) {
+    const S g = at.source < 0 ? S(0) : gate_of<S>(f.gate, at, head);
+    if (g == S(0)) {
       for (int64_t d = 0; d < f.shape.dim; ++d) o[d] = t[d * step];
       continue;
     }
-    const S w = weight_of<C, S>(f, r, head), g = gate_of<S>(f.gate, at, head);
+    const S w = weight_of<C, S>(f, r, head);
     const C* p = row<C>(f.projected, r) + head * f.shape.dim;
     const S* bias = static_cast<const S*>(f.out_bias) + head * f.shape.dim;
     const auto value = [&](const C& t_d, int64_t d) {
@@ -269,20 +270,22 @@ void combine_backward_row(const FusedRows& f, const CacheView& grad_out, const F
     S* d_gate = to.gate == nullptr ? nullptr
                                    : static_cast<S*>(to.gate) +
                                          (at.batch * f.shape.heads + head) * to.tokens + at.token;
-    if (at.source < 0) {
+    const S g = at.source < 0 ? S(0) : gate_of<S>(f.gate, at, head);
+    const S w = at.source < 0 ? S(0) : weight_of<C, S>(f, r, head);
+    const S slope = g == S(0) ? S(1) : base_slope<kIntegration, S>(g, w);
+    if (d_t != nullptr) {
+      for (int64_t d = 0; d < dim; ++d) narrow(slope * o[d], &d_t[d]);
+    }
+    if (g == S(0)) {
       for (int64_t d = 0; d < dim; ++d) narrow(S(0), &d_p[d]);
       if (d_logit != nullptr) narrow(S(0), d_logit);
-      if (d_gate != nullptr) *d_gate = S(0);
-      if (d_t != nullptr) {
-        for (int64_t d = 0; d < dim; ++d) narrow(o[d], &d_t[d]);
-      }
-      continue;
+      d_logit = nullptr;
+    } else {
+      for (int64_t d = 0; d < dim; ++d) narrow(g * w * o[d], &d_p[d]);
     }
-    const S w = weight_of<C, S>(f, r, head), g = gate_of<S>(f.gate, at, head);
-    for (int64_t d = 0; d < dim; ++d) narrow(g * w * o[d], &d_p[d]);
-    if (d_t != nullptr) {
-      const S slope = base_slope<kIntegration, S>(g, w);
-      for (int64_t d = 0; d < dim; ++d) narrow(slope * o[d], &d_t[d]);
+    if (at.source < 0) {
+      if (d_gate != nullptr) *d_gate = S(0);
+      continue;
     }
     if (d_logit == nullptr && d_gate == nullptr) continue;
     const C* p = row<C>(f.projected, r) + head * dim;

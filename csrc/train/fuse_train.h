@@ -49,7 +49,8 @@
 //       per head, P = projected + out_bias; w = sigmoid(logits + head_bias), or 1 where logits.data
 //       is null; g = Call::gate or 1; t = base:
 //         residual t + g w P;  interpolation t + g w (P - t);  replacement (1 - g) t + g w P.
-//       out: contiguous [B, Ht, N, Dt]. A row without sharer token gets t, bit for bit.
+//       out: contiguous [B, Ht, N, Dt]. A row without sharer token, and where g is 0 (a closed
+//       gate), gets t, bit for bit.
 //       out_bias S [streams of chunk, receiver width]; head_bias S [streams of chunk, heads].
 //
 //   void combine_backward(Chunk, const std::vector<Tensor>& grad_out, const Matrices& projected,
@@ -64,8 +65,8 @@
 //                                                               not wanted)
 //         grad_base = o;  interpolation o (1 - g w);  replacement o (1 - g)
 //                                                              (contiguous T; null: not wanted)
-//       where V = P, or P - t for interpolation. A row without sharer token: zeros, and
-//       grad_base = o.
+//       where V = P, or P - t for interpolation. Where g is 0: d_projected and d_logits are zeros,
+//       grad_base = o. A row without sharer token: zeros, d_gate too, and grad_base = o.
 //   void dropout_backward(Chunk, const Matrices& dz, const Dropout&, const Matrices& dd) const;
 //       dd = kept ? scale * dz : 0                             // [rows, hidden]
 //   void activate_backward(Chunk, int64_t cols, const Matrices& u, const Matrices& d,
