@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import ops, reference, training_op
 from .cache import KVPairs, clone_cache, kv_layers, with_layers
 from .fuser import Fuser
 from .model_kv import KVShape
@@ -31,10 +31,11 @@ def fuse(
     """Fuses tokens ``start .. end - 1`` of a receiver's cache with a sharer's (arXiv 2510.03215).
 
     All streams are fused from the two caches as they stand (post-RoPE keys). On the CPU, and on
-    CUDA GPUs where the build has kernels for them, the compiled op runs; other devices, variants
-    without compiled kernels (`FuserConfig.uncompiled_reason`) and calls that need gradients go
-    through the slower `c2c_ext.reference`: call it under `torch.no_grad` (or freeze the fuser)
-    where you need none.
+    CUDA GPUs where the build has kernels for them, the compiled op runs, and where gradients are
+    needed the training op (`c2c_ext.training_op`), which computes with the parameters as they are
+    and is slower: call this under `torch.no_grad` (or freeze the fuser) where you need none. Other
+    devices, variants without compiled kernels (`FuserConfig.uncompiled_reason`), forward-mode AD
+    and torch.func transforms go through `c2c_ext.reference`.
     Gates are hard: open iff their logit is > 0. Under `torch.compile` the packed form of the last
     eager call is used; see `Fuser.packed`.
 
@@ -126,7 +127,9 @@ def fuse(
         base = _window(receiver, start, end)
         if inplace and not torch.compiler.is_compiling():
             ops.check_inplace(base, sharer_view)
-        fused = reference.fuse(base, sharer_view, fuser, token_map=token_map)
+        by_op = wanted and not in_transform and training_op.op_missing(fuser, first.device) is None
+        run = training_op.fuse_training if by_op else reference.fuse
+        fused = run(base, sharer_view, fuser, token_map=token_map)
         if inplace:
             # Inference tensors can only be written in inference mode; it is the same for others.
             with torch.inference_mode(not torch.compiler.is_compiling()):

@@ -32,6 +32,7 @@ PARAMETERS = (
 )
 NEEDED = ("base", "sharer", "gate", *PARAMETERS)
 ARGUMENTS = tuple(a.name for a in torch.ops.c2c.fuse.default._schema.arguments)
+_ON_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("c2c::fuse", "CUDA")
 
 
 # ---- what PyTorch must know ----------------------------------------------------------------------
@@ -135,10 +136,8 @@ torch.library.register_autograd("c2c::fuse_backward", _no_double_backward)
 def op_missing(fuser: Fuser, device: torch.device) -> str | None:
     """Why `fuse_training` cannot run this fuser on ``device``; None: it can."""
     reason = fuser.config.uncompiled_reason() or ops.kernels_missing(device)
-    if reason is None and not torch._C._dispatch_has_kernel_for_dispatch_key(
-        "c2c::fuse", "CUDA" if device.type == "cuda" else "CPU"
-    ):
-        reason = f"this build has no training kernels for {device.type}"
+    if reason is None and device.type == "cuda" and not _ON_CUDA:
+        reason = "this build has no training kernels for cuda"
     return reason
 
 
