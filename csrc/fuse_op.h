@@ -1,7 +1,6 @@
 // c2c::fuse_ as every device has it: its arguments, checked once, go to what runs them.
 #pragma once
 
-#include "cache_view.h"
 #include "ops.h"
 
 namespace c2c {
@@ -18,24 +17,6 @@ struct FuseRequest {
 
 void fuse_cpu(const FuseRequest& request);
 void fuse_cuda(const FuseRequest& request);
-
-inline CacheType cache_type(torch::headeronly::ScalarType type) {
-  using torch::headeronly::ScalarType;
-  switch (type) {
-    case ScalarType::Double:
-      return CacheType::kFloat64;
-    case ScalarType::BFloat16:
-      return CacheType::kBfloat16;
-    case ScalarType::Half:
-      return CacheType::kFloat16;
-    default:
-      return CacheType::kFloat32;
-  }
-}
-
-inline CacheView view_of(const Tensor& t) {
-  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
-}
 
 // kFuseSchema with its tensors at `placement`, run by `run`.
 template <Placement placement, void (*run)(const FuseRequest&)>

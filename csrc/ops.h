@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "cache_view.h"
+
 namespace c2c {
 
 using torch::stable::Tensor;
@@ -72,6 +74,24 @@ struct PackedWeights {
   Tensor head_weight;           // [G, receiver heads, hidden + hidden]; [G, 0, 0] without weighting
   Tensor head_bias;             // [G, receiver heads], [G, 0]
 };
+
+inline CacheType cache_type(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::Double:
+      return CacheType::kFloat64;
+    case ScalarType::BFloat16:
+      return CacheType::kBfloat16;
+    case ScalarType::Half:
+      return CacheType::kFloat16;
+    default:
+      return CacheType::kFloat32;
+  }
+}
+
+inline CacheView view_of(const Tensor& t) {
+  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+}
 
 // (heads, head dim) of one layer's keys or values.
 struct KVShape {
