@@ -1,0 +1,18 @@
+"""Training a fuser between two frozen models."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .gates import GateSampler
+
+# Imported on first use: most of them import transformers.
+_HOMES = {"GateSampler": "gates"}
+
+__all__ = ["GateSampler"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
