@@ -5,11 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .gates import GateSampler
+    from .model import C2CTrainingModel, parameter_groups
 
 # Imported on first use: most of them import transformers.
-_HOMES = {"GateSampler": "gates"}
+_HOMES = {
+    "C2CTrainingModel": "model",
+    "GateSampler": "gates",
+    "parameter_groups": "model",
+}
 
-__all__ = ["GateSampler"]
+__all__ = ["C2CTrainingModel", "GateSampler", "parameter_groups"]
 
 
 def __getattr__(name: str) -> Any:
