@@ -13,22 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
 from .. import reference
 from ..cache import KVPairs
 from ..fuser import Fuser
 from ..messages import shown
-from ..model_kv import KVShape, ModelKV
+from .checks import check_masters, check_models, check_vocabulary
 from .gates import GateSampler, combined_seed, gate_pairs
 from .layout import IGNORE, Layout, lay_out
 from .prefill import positions, prefill
 from .prefix_cache import PrefixCache
+from .prompt_rows import PromptRow, padded_batch
+from .recomputation import checkpointed, decoder_layers
 
 BACKENDS = ("op", "reference")
-# One row's cache: (key, value) [H, n, D] of every layer.
-PrefixRow = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -92,7 +91,7 @@ class C2CTrainingModel(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_models(receiver, sharer, fuser)
+        check_models(receiver, sharer, fuser)
         if sampler is not None and not isinstance(sampler, GateSampler):
             raise TypeError(
                 f"C2CTrainingModel: sampler must be a GateSampler or None, got "
@@ -155,7 +154,7 @@ class C2CTrainingModel(nn.Module):
                 "C2CTrainingModel: gradient_checkpointing_kwargs must be none or "
                 f"{{'use_reentrant': False}}, got {shown(gradient_checkpointing_kwargs)}"
             )
-        _decoder_layers(self.receiver)  # raises if there are none
+        decoder_layers(self.receiver)  # raises if there are none
         self._checkpoints = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -211,8 +210,8 @@ class C2CTrainingModel(nn.Module):
         sharer_attention_mask: Tensor | None = None,
         token_map: Tensor | None = None,
         sample_ids: Sequence[int] | Tensor | None = None,
-        receiver_prefix: Sequence[PrefixRow] | None = None,
-        sharer_prefix: Sequence[PrefixRow] | None = None,
+        receiver_prefix: Sequence[PromptRow] | None = None,
+        sharer_prefix: Sequence[PromptRow] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> TrainingOutput:
         """The receiver's loss on the response, answering from the fused cache of the prompt.
@@ -250,8 +249,8 @@ class C2CTrainingModel(nn.Module):
             sharer_attention_mask=sharer_attention_mask,
             token_map=token_map,
         )
-        _check_vocabulary("receiver", self.receiver, layout.prefix_ids, layout.rest_ids)
-        _check_vocabulary("sharer", self.sharer, layout.sharer_ids)
+        check_vocabulary("receiver", self.receiver, layout.prefix_ids, layout.rest_ids)
+        check_vocabulary("sharer", self.sharer, layout.sharer_ids)
         if sample_ids is not None:
             sample_ids = torch.as_tensor(sample_ids).tolist()
             if len(sample_ids) != len(input_ids):
@@ -283,13 +282,13 @@ class C2CTrainingModel(nn.Module):
         model: PreTrainedModel,
         ids: Tensor,  # [B, N]
         mask: Tensor,  # [B, N]
-        rows: Sequence[PrefixRow] | None,
+        rows: Sequence[PromptRow] | None,
     ) -> KVPairs:
         """The clean slice ``[B, H, N, D]`` of every layer, from ``rows`` if they are given."""
         shapes = getattr(self.fuser.config, role).layers
         if rows is not None:
             counts = mask.sum(1).tolist()
-            return _padded(f"{role}_prefix", rows, counts, shapes, mask.device)
+            return padded_batch(f"{role}_prefix", rows, counts, shapes, mask.device)
         if ids.shape[1] == 0:
             return [
                 tuple(
@@ -336,7 +335,7 @@ class C2CTrainingModel(nn.Module):
     def _answer(self, fused: KVPairs, layout: Layout) -> Tensor:
         """Logits ``[B, T, V]`` of what follows the prefix."""
         mask = torch.cat([layout.prefix_mask, layout.rest_mask], dim=1)
-        with _checkpointed(self.receiver) if self._checkpoints else nullcontext():
+        with checkpointed(self.receiver) if self._checkpoints else nullcontext():
             return self.receiver(
                 input_ids=layout.rest_ids,
                 attention_mask=mask.long(),
@@ -354,7 +353,7 @@ def parameter_groups(fuser: Fuser, weight_decay: float) -> list[dict[str, Any]]:
     Raises:
         ValueError: a parameter is in half precision, where small steps are lost.
     """
-    _check_masters(fuser)
+    check_masters(fuser)
     decayed, kept = [], []
     for name, parameter in fuser.named_parameters():
         if parameter.requires_grad:
@@ -400,39 +399,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, the layers of ``model`` keep their inputs alone for the backward pass.
-
-    transformers' own way drops the cache that a layer is given, and wants training mode.
-    """
-    layers = _decoder_layers(model)
-    before = [vars(layer).get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = functools.partial(
-                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-            )
-        yield
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            if own is None:
-                vars(layer).pop("forward", None)
-            else:
-                layer.forward = own
-
-
-def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(
-            f"c2c_ext.training: {type(model).__name__} does not support gradient checkpointing: "
-            "none of its layers does"
-        )
-    inner = {id(m) for layer in layers for m in layer.modules() if m is not layer}
-    return [layer for layer in layers if id(layer) not in inner]
-
-
 def _in_one_dtype(base: KVPairs, shared: KVPairs) -> tuple[KVPairs, KVPairs]:
     """Both caches in the dtype that autocast asks for, else in the receiver's."""
     first = base[0][0]
@@ -440,88 +406,3 @@ def _in_one_dtype(base: KVPairs, shared: KVPairs) -> tuple[KVPairs, KVPairs]:
     if torch.is_autocast_enabled(first.device.type):
         dtype = torch.get_autocast_dtype(first.device.type)
     return tuple([(k.to(dtype), v.to(dtype)) for k, v in pairs] for pairs in (base, shared))
-
-
-def _padded(
-    name: str,
-    rows: Sequence[PrefixRow],
-    counts: list[int],
-    shapes: Sequence[KVShape],
-    device: torch.device,
-) -> KVPairs:
-    """Unpadded rows as one batch ``[B, H, N, D]`` per layer, zero on the left of shorter ones."""
-    if len(rows) != len(counts):
-        raise ValueError(f"c2c_ext.training: {name} must have {len(counts)} rows, got {len(rows)}")
-    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-        if len(row) != len(shapes):
-            raise ValueError(
-                f"c2c_ext.training: {name}[{i}] must have {len(shapes)} layers, got {len(row)}"
-            )
-        for layer, (pair, shape) in enumerate(zip(row, shapes, strict=True)):
-            expected = (shape.num_heads, count, shape.head_dim)
-            for kind, t in zip(("key", "value"), pair, strict=True):
-                if tuple(t.shape) != expected:
-                    raise ValueError(
-                        f"c2c_ext.training: {name}[{i}] layer {layer} {kind} must have shape "
-                        f"{list(expected)} (heads, tokens that the model would prefill, head dim), "
-                        f"got {list(t.shape)}"
-                    )
-    width = max(counts)
-
-    def stacked(layer: int, kind: int) -> Tensor:
-        first = rows[0][layer][kind]
-        size = (len(rows), first.shape[0], width, first.shape[2])
-        batch = torch.zeros(size, dtype=first.dtype, device=device)
-        for out, row, count in zip(batch, rows, counts, strict=True):
-            out[:, width - count :] = row[layer][kind]
-        return batch
-
-    return [(stacked(layer, 0), stacked(layer, 1)) for layer in range(len(shapes))]
-
-
-def _check_vocabulary(role: str, model: PreTrainedModel, *ids: Tensor) -> None:
-    size = model.config.get_text_config(decoder=True).vocab_size
-    for t in ids:
-        for extreme in (t.min(), t.max()) if t.numel() else ():
-            if not 0 <= extreme < size:
-                raise ValueError(
-                    f"c2c_ext.training: ids that the {role} reads must be in its vocabulary, 0 to "
-                    f"{size - 1}, got {extreme}"
-                )
-
-
-def _check_models(receiver: Any, sharer: Any, fuser: Any) -> None:
-    for role, model in (("receiver", receiver), ("sharer", sharer)):
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(
-                f"C2CTrainingModel: {role} must be a transformers PreTrainedModel, got "
-                f"{type(model).__name__}"
-            )
-    if not isinstance(fuser, Fuser):
-        raise TypeError(f"C2CTrainingModel: fuser must be a Fuser, got {type(fuser).__name__}")
-    own = {id(p) for p in receiver.parameters()}
-    if any(id(p) in own for p in sharer.parameters()):
-        raise ValueError(
-            "C2CTrainingModel: sharer must be another model than the receiver, got one that has "
-            "parameters in common with it"
-        )
-    mismatches = fuser.config.mismatches(
-        ModelKV.from_config(receiver.config), ModelKV.from_config(sharer.config)
-    )
-    if mismatches:
-        raise ValueError(f"C2CTrainingModel: fuser does not fit: {'; '.join(mismatches)}")
-    if fuser.inference_only:
-        raise ValueError(
-            "C2CTrainingModel: fuser was loaded for inference only (inference_dtype) and holds no "
-            "parameters to train"
-        )
-    _check_masters(fuser)
-
-
-def _check_masters(fuser: Fuser) -> None:
-    for name, parameter in fuser.named_parameters():
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                "c2c_ext.training: fuser must be float32 or float64 to be trained, its "
-                f"{name} is {parameter.dtype}: call fuser.float()"
-            )
