@@ -23,7 +23,6 @@ class Layout:
     prefix_ids: Tensor  # int64 [B, Q]
     prefix_mask: Tensor  # bool [B, Q]
     rest_ids: Tensor  # int64 [B, T], from the last prompt token on
-    rest_mask: Tensor  # bool [B, T]
     targets: Tensor  # int64 [B, T], what the logits of a token are to predict, or -100
     sharer_ids: Tensor  # int64 [B, S]
     sharer_mask: Tensor  # bool [B, S]
@@ -95,7 +94,6 @@ def lay_out(
         "prefix_ids": _left(ids, prefix),
         "prefix_mask": _left(mask, prefix),
         "rest_ids": _right(ids, rest),
-        "rest_mask": _right(mask, rest),
         "targets": _right(following, rest, IGNORE),
     }
     if sharer_input_ids is None:

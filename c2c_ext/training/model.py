@@ -22,7 +22,7 @@ from ..messages import shown
 from .checks import check_masters, check_models, check_vocabulary
 from .gates import GateSampler, combined_seed, gate_pairs
 from .layout import IGNORE, Layout, lay_out
-from .prefill import positions, prefill
+from .prefill import prefill
 from .prefix_cache import PrefixCache
 from .prompt_rows import PromptRow, padded_batch
 from .recomputation import checkpointed, decoder_layers
@@ -334,12 +334,14 @@ class C2CTrainingModel(nn.Module):
 
     def _answer(self, fused: KVPairs, layout: Layout) -> Tensor:
         """Logits ``[B, T, V]`` of what follows the prefix."""
-        mask = torch.cat([layout.prefix_mask, layout.rest_mask], dim=1)
+        # What is padded behind a row is run as if it were the row's: no token of the row sees it.
+        mask = torch.cat([layout.prefix_mask, torch.ones_like(layout.rest_ids) > 0], dim=1)
+        positions = (mask.long().cumsum(1) - 1)[:, layout.prefix_mask.shape[1] :]
         with checkpointed(self.receiver) if self._checkpoints else nullcontext():
             return self.receiver(
                 input_ids=layout.rest_ids,
                 attention_mask=mask.long(),
-                position_ids=positions(mask)[:, layout.prefix_mask.shape[1] :],
+                position_ids=positions,
                 past_key_values=PrefixCache(fused),
                 use_cache=True,
             ).logits

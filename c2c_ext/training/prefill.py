@@ -16,7 +16,7 @@ def prefill(
     """(key, value) ``[B, H, N, D]`` of every layer, sliding ones too; zero where there is padding.
 
     Args:
-        ids: int64 ``[B, N]``, N at least 1.
+        ids: int64 ``[B, N]``, padded on the left; N at least 1.
         mask: bool ``[B, N]``, false where a row is padded.
         role: of the model, for messages.
         chunk: tokens to run at a time, which bounds the memory of activations; None: all.
@@ -24,17 +24,23 @@ def prefill(
     Raises:
         RuntimeError: the model did not keep a cache of the tokens.
     """
-    cache = DynamicCache()  # made without the configuration, so that no layer slides
     tokens = ids.shape[1]
+    padding = (~mask).sum(1, keepdim=True)
+    padded = bool(padding.any())
+    columns = torch.arange(tokens, device=ids.device)
+    if padded:
+        # Padding goes behind, where no token of a model that reads forward sees it and none needs a
+        # mask: in front it would have nothing to attend to, which gives NaN in some models.
+        ids = ids.gather(1, (columns + padding).clamp(max=tokens - 1))
+    cache = DynamicCache()  # made without the configuration, so that no layer slides
     chunk = tokens if chunk is None else chunk
-    position_ids = positions(mask)
     for start in range(0, tokens, chunk):
         end = min(start + chunk, tokens)
         # The base model: no logits are needed.
         model.base_model(
             input_ids=ids[:, start:end],
-            attention_mask=mask[:, :end].long(),
-            position_ids=position_ids[:, start:end],
+            attention_mask=torch.ones_like(ids[:, :end]),
+            position_ids=columns[None, start:end].expand(len(ids), -1),
             past_key_values=cache,
             use_cache=True,
         )
@@ -43,15 +49,15 @@ def prefill(
         raise RuntimeError(
             f"c2c_ext.training: the {role} ({type(model).__name__}) kept no cache of the prompt"
         )
-    if not bool(mask.all()):
-        # Whatever a model computes there must reach nothing, NaN neither.
-        padding = ~mask[:, None, :, None]
+    if padded:
         for layer in cache.layers:
-            layer.keys.masked_fill_(padding, 0)
-            layer.values.masked_fill_(padding, 0)
+            layer.keys = _moved(layer.keys, columns - padding)
+            layer.values = _moved(layer.values, columns - padding)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Position of every token among its row's own, int64 in the shape of ``mask``."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+def _moved(x: Tensor, columns: Tensor) -> Tensor:
+    """``x [B, H, N, D]`` at ``columns [B, N]``, zero at negative ones."""
+    index = columns[:, None, :, None]
+    taken = x.gather(2, index.clamp(min=0).expand(-1, x.shape[1], -1, x.shape[3]))
+    return taken.masked_fill_(index < 0, 0)
