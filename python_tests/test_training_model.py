@@ -13,6 +13,7 @@ from plain_training import Row, batch_of, logits_of, loss_of
 from tiny_models import (
     RECEIVERS,
     SLIDING,
+    falcon_model,
     fuser_between,
     other_sharer_model,
     receiver_model,
@@ -151,15 +152,28 @@ def test_logits_as_good_as_the_plain_loop(dtype):
     assert_as_good_as_plain(ours, draws[:1], truth, "logits")
 
 
-@pytest.mark.parametrize("kind", [k for k in RECEIVERS if k != "qwen3"])
+@pytest.mark.parametrize("kind", RECEIVERS)
 def test_other_receivers_equal_the_plain_loop(kind):
-    """Receivers with sliding windows shorter than the prompt among them."""
-    receiver, sharer, fuser = models(kind)
+    """Receivers with sliding windows shorter than the prompt among them.
+
+    In float32, since some of them compute in nothing wider; a window that is off by one token moves
+    logits by more than a tenth.
+    """
+    trio_ = models(kind, torch.float32)
     rows = ragged_rows()
-    output = hard(receiver, sharer, fuser, prefill_chunk=4)(**batch_of(rows, "right"))
-    expected = loss_of(receiver, sharer, fuser, rows)
-    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-11)
-    assert (kind in SLIDING) == (kind != "llama")
+    with torch.no_grad():
+        output = hard(*trio_, prefill_chunk=4)(**batch_of(rows, "right"))
+        for row, ours in zip(rows, real_logits(output, rows), strict=True):
+            assert relative_error(ours, logits_of(*trio_, row)) <= 1e-5
+        assert output.loss.item() == pytest.approx(loss_of(*trio_, rows).item(), rel=1e-5)
+    if kind in SLIDING:
+        for module in trio_[0].modules():  # the plain loop sees the window
+            if getattr(module, "sliding_window", None):
+                module.sliding_window -= 1
+        trio_[0].config.sliding_window -= 1
+        with torch.no_grad():
+            wrong = logits_of(*trio_, rows[0])
+        assert relative_error(real_logits(output, rows)[0], wrong) > 0.05
 
 
 def test_other_sharer_equals_the_plain_loop():
@@ -265,7 +279,9 @@ def test_what_padding_holds_reaches_nothing():
 
 
 def test_finite_differences_of_the_whole_loss():
-    receiver, sharer, fuser = models()
+    # Unlike most, Falcon computes in float64 throughout.
+    receiver, sharer = falcon_model().double(), sharer_model().double()
+    fuser = fuser_between(receiver, sharer).double()
     model = C2CTrainingModel(
         receiver, sharer, fuser, sampler=GateSampler(per="token", start=0.7), dropout=0.1, seed=3
     )
