@@ -5,16 +5,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .gates import GateSampler
+    from .layout import Layout, lay_out
     from .model import C2CTrainingModel, parameter_groups
+    from .prompt_cache_writer import write_prompt_caches
+    from .prompt_caches import PromptCaches
 
 # Imported on first use: most of them import transformers.
 _HOMES = {
     "C2CTrainingModel": "model",
     "GateSampler": "gates",
+    "Layout": "layout",
+    "PromptCaches": "prompt_caches",
+    "lay_out": "layout",
     "parameter_groups": "model",
+    "write_prompt_caches": "prompt_cache_writer",
 }
 
-__all__ = ["C2CTrainingModel", "GateSampler", "parameter_groups"]
+__all__ = [
+    "C2CTrainingModel",
+    "GateSampler",
+    "Layout",
+    "PromptCaches",
+    "lay_out",
+    "parameter_groups",
+    "write_prompt_caches",
+]
 
 
 def __getattr__(name: str) -> Any:
