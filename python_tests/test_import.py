@@ -58,3 +58,9 @@ def test_import_leaves_heavy_packages_alone() -> None:
     heavy = {"transformers", "huggingface_hub", "tokenizers", "rich", "requests", "httpx"}
     assert loaded_by("import c2c_ext") & heavy == set()
     assert "transformers" in loaded_by("import c2c_ext.generation")  # the check can fail
+
+
+def test_training_loads_transformers_where_it_is_needed() -> None:
+    light = "from c2c_ext.training import GateSampler, Layout, PromptCaches, lay_out"
+    assert "transformers" not in loaded_by(light)
+    assert "transformers" in loaded_by("from c2c_ext.training import C2CTrainingModel")
