@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_as_good_as_plain, relative_error, same_bits, set_gates
+from conftest import assert_as_good_as_plain, relative_error, reorder_hidden, same_bits, set_gates
 from plain_training import Row, batch_of, logits_of, loss_of
 from tiny_models import (
     RECEIVERS,
@@ -22,6 +22,7 @@ from tiny_models import (
 )
 
 from c2c_ext.training import C2CTrainingModel, GateSampler, parameter_groups
+from c2c_ext.training.model import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,12 +94,13 @@ def gradients(fuser) -> dict[str, torch.Tensor | None]:
     return {name: p.grad for name, p in fuser.named_parameters()}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ROWS)
-def test_loss_and_gradients_equal_the_plain_loop(name, side):
+def test_loss_and_gradients_equal_the_plain_loop(name, side, backend):
     receiver, sharer, fuser = models()
     rows = ROWS[name]()
-    model = hard(receiver, sharer, fuser)
+    model = hard(receiver, sharer, fuser, backend=backend)
     output = model(**batch_of(rows, side, extra=2))
     output.loss.backward()
     ours = gradients(fuser)
@@ -133,23 +135,14 @@ def test_logits_as_good_as_the_plain_loop(dtype):
         output = hard(*trio_)(**batch_of(rows, "left"))
         assert output.logits.dtype == dtype and output.loss.dtype == torch.float32
         ours = torch.cat([x.flatten() for x in real_logits(output, rows)])
-        draws = [
-            torch.cat([logits_of(*trio_, row).flatten() for row in rows]),
-            torch.cat(
-                [
-                    x.flatten()
-                    for x in real_logits(
-                        hard(*trio_)(
-                            **batch_of(rows[:3], "right"),
-                        ),
-                        rows[:3],
-                    )
-                ]
-                + [logits_of(*trio_, rows[3]).flatten()]
-            ),
-        ]
-        truth = torch.cat([logits_of(*wide, row).flatten() for row in rows])
-    assert_as_good_as_plain(ours, draws[:1], truth, "logits")
+
+        def plain(receiver, sharer, fuser) -> torch.Tensor:
+            return torch.cat([logits_of(receiver, sharer, fuser, row).flatten() for row in rows])
+
+        fusers = [trio_[2], *(reorder_hidden(trio_[2], seed) for seed in range(3))]
+        draws = [plain(*trio_[:2], fuser) for fuser in fusers]
+        truth = plain(*wide)
+    assert_as_good_as_plain(ours, draws, truth, "logits")
 
 
 @pytest.mark.parametrize("kind", RECEIVERS)
@@ -278,12 +271,14 @@ def test_what_padding_holds_reaches_nothing():
         assert same_bits(model(**batch).loss, expected)
 
 
-def test_finite_differences_of_the_whole_loss():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_finite_differences_of_the_whole_loss(backend):
     # Unlike most, Falcon computes in float64 throughout.
     receiver, sharer = falcon_model().double(), sharer_model().double()
     fuser = fuser_between(receiver, sharer).double()
+    sampler = GateSampler(per="token", start=0.7)
     model = C2CTrainingModel(
-        receiver, sharer, fuser, sampler=GateSampler(per="token", start=0.7), dropout=0.1, seed=3
+        receiver, sharer, fuser, sampler=sampler, dropout=0.1, seed=3, backend=backend
     )
     model.step = 2
     batch = {**batch_of(chosen_rows(), "left"), "sample_ids": [3, 1, 4, 15]}
@@ -337,11 +332,18 @@ def test_state_is_the_fusers():
     assert wrapped.state_dict().keys() == {f"inner.{name}" for name in state}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_checkpointing_gives_the_same_gradients(recompute):
+def test_checkpointing_gives_the_same_gradients(recompute, backend):
     receiver, sharer, fuser = models("gemma2", torch.float32)
     model = C2CTrainingModel(
-        receiver, sharer, fuser, sampler=GateSampler(), dropout=0.2, recompute=recompute
+        receiver,
+        sharer,
+        fuser,
+        sampler=GateSampler(),
+        dropout=0.2,
+        recompute=recompute,
+        backend=backend,
     )
     batch = {**batch_of(ragged_rows(), "left"), "sample_ids": [1, 2, 3, 4]}
 

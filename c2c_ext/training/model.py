@@ -216,8 +216,8 @@ class C2CTrainingModel(nn.Module):
     ) -> TrainingOutput:
         """The receiver's loss on the response, answering from the fused cache of the prompt.
 
-        A row's prompt is everything before its first label. Rows that follow their batch
-        neighbours' lengths by padding alone give the same loss in any batch, up to rounding.
+        A row's prompt is everything before its first label. What a row gives does not depend on
+        the batch that it is in, but for rounding.
 
         Args:
             input_ids: int64 ``[B, L]``, prompt and response, padded on either side.
