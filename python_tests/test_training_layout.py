@@ -224,6 +224,7 @@ def test_models_that_do_not_fit_are_refused():
     [
         ({"sampler": "logistic"}, TypeError, "sampler must be a GateSampler or None, got str"),
         ({"dropout": 1.0}, ValueError, "dropout must be in .* got 1.0"),
+        ({"dropout": "0.1"}, ValueError, "dropout must be in .* got '0.1'"),
         ({"prefill_chunk": 0}, ValueError, "prefill_chunk must be None or .* got 0"),
         ({"backend": "eager"}, ValueError, "backend must be one of op, reference, got 'eager'"),
     ],

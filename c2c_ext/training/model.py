@@ -98,7 +98,7 @@ class C2CTrainingModel(nn.Module):
                 f"{type(sampler).__name__}"
             )
         dropout = fuser.config.dropout if dropout is None else dropout
-        if isinstance(dropout, bool) or not 0 <= dropout < 1:
+        if type(dropout) not in (int, float) or not 0 <= dropout < 1:
             raise ValueError(f"C2CTrainingModel: dropout must be in [0, 1), got {shown(dropout)}")
         if prefill_chunk is not None and (type(prefill_chunk) is not int or prefill_chunk < 1):
             raise ValueError(
