@@ -16,14 +16,17 @@ import torch
 from conftest import same_bits
 from plain_training import Row, batch_of
 from safetensors.torch import load_file, save_file
-from test_training_model import mapped_rows, models, ragged_rows, random_ids
 from tiny_models import receiver_model, sharer_model
+from torch.utils.data import DataLoader
+from training_samples import chosen_rows, mapped_rows, models, ragged_rows, random_ids
 
 from c2c_ext.training import (
     C2CTrainingModel,
+    CachedCollator,
     GateSampler,
     PromptCaches,
     lay_out,
+    prompts_of,
     write_prompt_caches,
 )
 from c2c_ext.training import prompt_cache_writer as writer_module
@@ -31,25 +34,20 @@ from c2c_ext.training import prompt_cache_writer as writer_module
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def written(place, trio_, batch, sample_ids, **settings) -> tuple[PromptCaches, PromptCaches]:
-    """Caches of a batch's rows for (receiver, sharer)."""
-    batch = {k: v for k, v in batch.items() if k != "fused_mask"}
-    layout = lay_out(batch.pop("input_ids"), **batch)
-    both = []
-    for role, model, rows in (
-        ("receiver", trio_[0], layout.receiver_rows()),
-        ("sharer", trio_[1], layout.sharer_rows()),
-    ):
-        prompts = zip(sample_ids, rows, strict=True)
-        both.append(write_prompt_caches(place / role, model, prompts, **settings))
-    return both[0], both[1]
+def written(place, trio_, batch, sample_ids, **settings) -> dict[str, PromptCaches]:
+    """Caches of a batch's rows, by role."""
+    batch = {**batch, "sample_ids": sample_ids}
+    return {
+        role: write_prompt_caches(place / role, model, prompts_of([batch], role), **settings)
+        for role, model in zip(("receiver", "sharer"), trio_[:2], strict=True)
+    }
 
 
 def prefixes(caches, batch, sample_ids) -> dict:
     layout = lay_out(batch["input_ids"], **{k: v for k, v in batch.items() if k != "input_ids"})
     return {
-        "receiver_prefix": caches[0].read(sample_ids, layout.receiver_rows()),
-        "sharer_prefix": caches[1].read(sample_ids, layout.sharer_rows()),
+        "receiver_prefix": caches["receiver"].read(sample_ids, layout.receiver_rows()),
+        "sharer_prefix": caches["sharer"].read(sample_ids, layout.sharer_rows()),
     }
 
 
@@ -109,6 +107,44 @@ def test_sliding_receivers_store_every_token(tmp_path, kind):
     expected = loss_and_gradients(model, batch)["loss"].item()
     ours = loss_and_gradients(model, batch, **prefixes(caches, batch, range(4)))["loss"].item()
     assert ours == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_collator_brings_the_caches(tmp_path):
+    """Through a data loader and its worker, in another order than they were written in."""
+    trio_ = models(dtype=torch.float32)
+    model = C2CTrainingModel(*trio_, sampler=None, dropout=0.0)
+    rows = chosen_rows()
+
+    def collate(indices: list[int]) -> dict:
+        return {**batch_of([rows[i] for i in indices], "left"), "sample_ids": torch.tensor(indices)}
+
+    plain = DataLoader(range(4), batch_size=1, collate_fn=collate)
+    directories = {role: tmp_path / role for role in ("receiver", "sharer")}
+    for (role, place), frozen in zip(directories.items(), trio_[:2], strict=True):
+        write_prompt_caches(place, frozen, prompts_of(plain, role))
+    caches = {role: PromptCaches(place) for role, place in directories.items()}
+    losses = [model(**batch).loss for batch in plain]
+    for role in ("both", "receiver", "sharer"):
+        chosen = caches if role == "both" else {role: caches[role]}
+        cached = DataLoader(
+            [2, 0, 3, 1],
+            batch_size=1,
+            collate_fn=CachedCollator(collate, **chosen),
+            num_workers=int(role == "both"),
+        )
+        for i, batch in zip([2, 0, 3, 1], cached, strict=True):
+            assert [name for name in batch if name.endswith("prefix")] == [
+                f"{name}_prefix" for name in chosen
+            ]
+            assert same_bits(model(**batch).loss, losses[i])
+
+
+def test_caches_need_names_of_samples(caches):
+    batch = batch_of(ragged_rows(), "left")
+    with pytest.raises(ValueError, match="batches must have sample_ids to have prompt caches"):
+        CachedCollator(lambda samples: batch, receiver=caches)([])
+    with pytest.raises(ValueError, match="role must be receiver or sharer, got 'teacher'"):
+        list(prompts_of([batch], "teacher"))
 
 
 def many(count: int) -> list[tuple[int, torch.Tensor]]:

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cached_collator import CachedCollator, prompts_of
     from .gates import GateSampler
     from .layout import Layout, lay_out
     from .model import C2CTrainingModel, parameter_groups
@@ -13,21 +14,25 @@ if TYPE_CHECKING:
 # Imported on first use: most of them import transformers.
 _HOMES = {
     "C2CTrainingModel": "model",
+    "CachedCollator": "cached_collator",
     "GateSampler": "gates",
     "Layout": "layout",
     "PromptCaches": "prompt_caches",
     "lay_out": "layout",
     "parameter_groups": "model",
+    "prompts_of": "cached_collator",
     "write_prompt_caches": "prompt_cache_writer",
 }
 
 __all__ = [
     "C2CTrainingModel",
+    "CachedCollator",
     "GateSampler",
     "Layout",
     "PromptCaches",
     "lay_out",
     "parameter_groups",
+    "prompts_of",
     "write_prompt_caches",
 ]
 
