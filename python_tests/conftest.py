@@ -276,15 +276,25 @@ def run_reference(
 def reorder_hidden(fuser: Fuser, seed: int) -> Fuser:
     """The same function with the hidden channels in another order: other roundings of every sum."""
     fuser = copy.deepcopy(fuser)
-    order = torch.randperm(fuser.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+    order = hidden_order(fuser, seed)
     with torch.no_grad():
         for group in fuser.groups:
             for name, p in group.named_parameters():
-                if name == "in_weight" or name.endswith("_w2"):  # writes hidden channels
-                    p.copy_(p[..., order.to(p.device), :])
-                elif name not in ("gate_logit", "out_bias", "head_bias"):  # has or reads them
-                    p.copy_(p[..., order.to(p.device)])
+                if (dim := hidden_dim(name)) is not None:
+                    p.copy_(p.index_select(dim, order.to(p.device)))
     return fuser
+
+
+def hidden_order(fuser: Fuser, seed: int) -> Tensor:
+    """The order that `reorder_hidden` brings the hidden channels into."""
+    return torch.randperm(fuser.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+
+
+def hidden_dim(name: str) -> int | None:
+    """Which dimension of a FuserGroup's parameter counts hidden channels."""
+    if name == "in_weight" or name.endswith("_w2"):  # writes hidden channels
+        return -2
+    return None if name in ("gate_logit", "out_bias", "head_bias") else -1  # has or reads them
 
 
 def plain_draws(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import golden_data
 import pytest
 import torch
@@ -20,6 +22,7 @@ from golden_data import EVAL_FILES, KINDS, REAL_FILE, TRAIN_FILES
 from torch import Tensor
 
 from c2c_ext import reference
+from c2c_ext.training_op import fuse_training
 
 REAL_EVAL_CASES = [
     j for j, c in enumerate(golden_data.load(REAL_FILE).meta["cases"]) if c["mode"] == "eval"
@@ -118,8 +121,13 @@ def test_real_shape_as_good_as_plain(j, dtype, suffix):
         assert (max_abs(fused[0][i] - base[0][i]) > 1.0) == is_open
 
 
-def run_training_case(name: str, j: int):
-    """Outputs and gradients of a training case by autograd through the reference, in float64."""
+BOTH_PATHS = pytest.mark.parametrize(
+    "run", [reference.fuse, fuse_training], ids=["reference", "op"]
+)
+
+
+def run_training_case(name: str, j: int, run: Callable):
+    """Outputs and gradients of a training case in float64; ``run`` is called as reference.fuse."""
     file = golden_data.load(name)
     case, meta = file.case(j), file.meta["cases"][j]
     fuser = golden_data.build_fuser(file, j, torch.float64)
@@ -139,7 +147,7 @@ def run_training_case(name: str, j: int):
                 for i, kind in enumerate(KINDS)
             )
         ]
-    fused = reference.fuse(base, sharer, fuser, gates=gates)[0]
+    fused = run(base, sharer, fuser, gates=gates)[0]
     cotangents = [case[f"cot_{kind}"].double() for kind in KINDS]
     sum((out * c).sum() for out, c in zip(fused, cotangents, strict=True)).backward()
     return case, meta, fuser, inputs, fused
@@ -152,9 +160,10 @@ def gradient(fuser, name: str) -> Tensor | None:
     return None if whole is None else whole[index]
 
 
+@BOTH_PATHS
 @pytest.mark.parametrize(("name", "j"), golden_data.cases(TRAIN_FILES))
-def test_training_gradients(name, j):
-    case, meta, fuser, inputs, fused = run_training_case(name, j)
+def test_training_gradients(name, j, run):
+    case, meta, fuser, inputs, fused = run_training_case(name, j, run)
     for kind, out in zip(KINDS, fused, strict=True):
         assert relative_error(out.detach(), case[f"out_{kind}"]) <= 1e-10, kind
     checked = 0
@@ -194,8 +203,9 @@ def test_noise_is_drawn_key_first(name, j):
             assert (same | torch.isin(stored, edges)).all() and not same.all()
 
 
-def test_real_shape_training_gradients():
-    case, meta, fuser, inputs, fused = run_training_case(REAL_FILE, REAL_TRAIN_CASE)
+@BOTH_PATHS
+def test_real_shape_training_gradients(run):
+    case, meta, fuser, inputs, fused = run_training_case(REAL_FILE, REAL_TRAIN_CASE, run)
     for kind, out in zip(KINDS, fused, strict=True):
         assert relative_error(out.detach(), case[f"out_{kind}"]) <= 1e-10, kind
 

@@ -41,7 +41,7 @@ Tensor view_of(const Matrices& m, std::array<int64_t, 3> sizes, torch::stable::D
 // to = from, cast.
 void copy(const Tensor& to, const Tensor& from);
 
-// to = a * b, broadcast, computed in the wider dtype and cast.
+// to = a * b, b broadcast, computed in the widest of the three dtypes. `to` may be a.
 void multiply_elements(const Tensor& to, const Tensor& a, const Tensor& b);
 
 }  // namespace c2c::train
