@@ -21,6 +21,7 @@ from conftest import (
 )
 from train_op_checks import (
     TOKEN_MAP,
+    by_kind,
     cotangents,
     plain_results,
     run_op,
@@ -32,16 +33,18 @@ from variants import COMPILED
 from c2c_ext import reference
 from c2c_ext.training_op import fuse_training
 
-LOW = [torch.float32, torch.bfloat16, torch.float16]
 CASES = {**SHAPES, **COMPILED}
+# relu's slope jumps where a rounding carries a pre-activation across zero.
+SMOOTH = ["even", "deepest", "groups", "silu"]
+SMOOTH += [name for name, fields in COMPILED.items() if fields.get("activation") != "relu"]
 
 
-def make_case(name="even", dtype=torch.float64, device="cpu", sharer_tokens=6, **changes):
+def make_case(name="even", dtype=torch.float64, device="cpu", sharer_tokens=6, tokens=5, **changes):
     config = make_config(**{**CASES[name], **changes})
     fuser = make_fuser(config, device=device)
     if dtype == torch.float64:
         fuser = fuser.double()
-    return fuser, *make_caches(config, 2, 5, sharer_tokens, dtype, device)
+    return fuser, *make_caches(config, 2, tokens, sharer_tokens, dtype, device)
 
 
 def assert_equal_results(ours, truth, bound=1e-12, but=()):
@@ -62,36 +65,38 @@ def test_float64_equals_reference(name, per, device):
     assert max(max_abs(t) for name, t in truth.items() if "sharer" in name) > 0.01
 
 
-@pytest.mark.parametrize("params", ["float32", "same"])
-@pytest.mark.parametrize("dtype", LOW, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", CASES)
-def test_as_good_as_plain(name, dtype, params, device):
-    fuser, base, sharer = make_case(name, dtype, device, 5)
+def test_float32_as_good_as_plain(name, device):
+    fuser, base, sharer = make_case(name, torch.float32, device, 5)
+    gates = soft_gates(base) if fuser.config.gate else None
+    truth = truth_of(fuser, base, sharer, gates)
+    plain = plain_results(fuser, base, sharer, gates)
+    for key, t in run_op(fuser, base, sharer, gates=gates).items():
+        assert_as_good_as_plain(t, [p[key] for p in plain], truth[key], key)
+
+
+@pytest.mark.parametrize("params", ["float32", "same"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", SMOOTH)
+def test_half_precision_as_good_as_plain(name, dtype, params, device):
+    # Many channels and tokens: the largest of a few rounding errors is a lottery.
+    fuser, base, sharer = make_case(
+        name, dtype, device, 40, 40, hidden_size=64, intermediate_size=48
+    )
+    seen = copy.deepcopy(fuser).to(dtype)  # what products in this dtype see of the parameters
     if params == "same":
-        if dtype == torch.float32:
-            return  # the same case
-        fuser = fuser.to(dtype)
+        fuser = seen
     gates = soft_gates(base) if fuser.config.gate else None
     if gates is not None:  # values that every dtype has
         gates = cast(cast(gates, dtype), torch.float32)
-    truth = truth_of(rounded(fuser, dtype), base, sharer, gates)
-    plain = plain_results(fuser, base, sharer, gates)
+    truth = by_kind(truth_of(seen, base, sharer, gates))
+    plain = [by_kind(draw) for draw in plain_results(fuser, base, sharer, gates)]
     ours = run_op(fuser, base, sharer, gates=gates)
-    for i, (key, t) in enumerate(ours.items()):
-        assert t.dtype == plain[key][0].dtype, key
-        assert_as_good_as_plain(
-            in_dtype(t, dtype), [in_dtype(p, dtype) for p in plain[key]], truth[key], f"{i} {key}"
-        )
-
-
-def rounded(fuser, dtype):
-    """The fuser whose parameters are what products in ``dtype`` see."""
-    return copy.deepcopy(fuser).to(dtype)
-
-
-def in_dtype(t, dtype):
-    """float32 gradients of half-precision computations are as exact as these are."""
-    return t.to(dtype)
+    for key, p in fuser.named_parameters():
+        assert ours[key].dtype == p.dtype
+    for key, t in by_kind(ours).items():
+        # What was computed in half precision, and is compared so, can be stored in float32.
+        assert_as_good_as_plain(t.to(dtype), [p[key].to(dtype) for p in plain], truth[key], key)
 
 
 def test_real_heads_as_good_as_plain(device):
@@ -100,7 +105,7 @@ def test_real_heads_as_good_as_plain(device):
     base, sharer = make_caches(config, 2, 67, dtype=torch.float32, device=device)
     truth, plain = truth_of(fuser, base, sharer), plain_results(fuser, base, sharer)
     for key, t in run_op(fuser, base, sharer).items():
-        assert_as_good_as_plain(t, plain[key], truth[key], key)
+        assert_as_good_as_plain(t, [p[key] for p in plain], truth[key], key)
 
 
 # ---- gates --------------------------------------------------------------------------------------
@@ -264,7 +269,7 @@ def test_chunks_equal_reference(device):
     truth, plain = truth_of(fuser, base, sharer), plain_results(fuser, base, sharer)
     for recompute in (False, True):
         for key, t in run_op(fuser, base, sharer, recompute=recompute).items():
-            assert_as_good_as_plain(t, plain[key], truth[key], key)
+            assert_as_good_as_plain(t, [p[key] for p in plain], truth[key], key)
 
 
 def test_master_weights_get_gradients_wider_than_the_caches(device):
@@ -272,7 +277,7 @@ def test_master_weights_get_gradients_wider_than_the_caches(device):
     ours = run_op(fuser, base, sharer)
     for name, p in fuser.named_parameters():
         assert ours[name].dtype == p.dtype == torch.float32
-    truth = truth_of(rounded(fuser, torch.bfloat16), base, sharer)
+    truth = truth_of(copy.deepcopy(fuser).to(torch.bfloat16), base, sharer)
     ours64 = run_op(fuser.double(), *(cast(x, torch.float64) for x in (base, sharer)))
     assert ours64["groups.0.in_weight"].dtype == torch.float64
     assert relative_error(ours["groups.0.in_weight"], truth["groups.0.in_weight"]) < 0.05

@@ -80,7 +80,7 @@ def truth_of(
 
 def plain_results(
     fuser: Fuser, base: KVPairs, sharer: KVPairs, gates: Any = None, **keywords: Any
-) -> dict[str, list[Tensor]]:
+) -> list[dict[str, Tensor]]:
     """What plain PyTorch gives in these dtypes, with 4 orders of summation."""
     draws = [run_with_gradients(_plain, fuser, base, sharer, gates, **keywords)]
     for seed in range(3):
@@ -92,7 +92,7 @@ def plain_results(
             if (dim := hidden_dim(name.rpartition(".")[2])) is not None:
                 other[name] = other[name].index_select(dim, back.to(other[name].device))
         draws.append(other)
-    return {name: [d[name] for d in draws] for name in draws[0]}
+    return draws
 
 
 def _plain(base: KVPairs, sharer: KVPairs, fuser: Fuser, gates: Any, **keywords: Any) -> KVPairs:
@@ -106,3 +106,11 @@ def _plain(base: KVPairs, sharer: KVPairs, fuser: Fuser, gates: Any, **keywords:
 def run_op(fuser: Fuser, base: KVPairs, sharer: KVPairs, **keywords: Any) -> dict[str, Tensor]:
     """Outputs and gradients by the training op."""
     return run_with_gradients(fuse_training, fuser, base, sharer, **keywords)
+
+
+def by_kind(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Results with the streams of a kind in one: all outputs, all gradients of bases, and so on."""
+    kinds: dict[str, list[Tensor]] = {}
+    for name, t in results.items():
+        kinds.setdefault(name.partition("[")[0], []).append(t.flatten())
+    return {name: torch.cat(parts) for name, parts in kinds.items()}
