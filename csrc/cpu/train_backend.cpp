@@ -15,6 +15,10 @@ using torch::stable::Tensor;
 using train::Chunk;
 using train::element_size;
 
+// Streams enough for all threads; more would only take memory.
+constexpr int64_t kScratchBytesPerThread = int64_t{32} << 20;
+constexpr int64_t kMaxScratchBytes = int64_t{512} << 20;
+
 // Rows from `first` on of stream `g` of the chunk; none of a matrix that is not there.
 Rows rows_of(const train::Matrices& m, int64_t g, int64_t first) {
   if (m.data == nullptr) return {};
@@ -45,6 +49,11 @@ TrainBackend::TrainBackend(const train::Call& call)
                        static_cast<int32_t>(mapped ? source : -1)});
     }
   }
+}
+
+int64_t TrainBackend::scratch_bytes() const {
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::min(kMaxScratchBytes, kScratchBytesPerThread * threads);
 }
 
 Tensor TrainBackend::empty(const std::vector<int64_t>& sizes, ScalarType type) const {

@@ -20,7 +20,7 @@ class TrainBackend {
 
   explicit TrainBackend(const train::Call& call);
 
-  int64_t scratch_bytes() const { return int64_t{256} << 20; }
+  int64_t scratch_bytes() const;
   int64_t max_streams() const { return call_.sizes.streams; }
   bool wide_products() const { return true; }
   torch::stable::Device device() const { return call_.base[0].device(); }
