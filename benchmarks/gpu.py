@@ -12,6 +12,11 @@ from typing import Any
 
 import torch
 
+from c2c_ext.cache import KVPairs
+from c2c_ext.config import KINDS
+from c2c_ext.fusion_bench import FusionCase
+from c2c_ext.measure import Unverified
+
 # Of our kernels, what tells the CUDA op's paths apart; the last of them that ran decides.
 MARKS = {"plain": "combine", "fused": "fused_gemm", "hopper": "hopper_gemm"}
 OURS = re.compile(r"c2c::cuda::.*?\b(\w+)_kernel\b")
@@ -35,6 +40,20 @@ def path_of(launches: Iterable[Launch]) -> str | None:
     """The path whose kernels ran, of `cuda_paths.PATHS`; None: not to be told."""
     seen = {launch.ours for launch in launches}
     return next((path for path, mark in reversed(MARKS.items()) if mark in seen), None)
+
+
+def poison(call: Callable[[int], KVPairs], case: FusionCase, path: str) -> None:
+    """NaN in place of what a path has written: all of them write into the same tensors.
+
+    Raises:
+        Unverified: the path cannot run here.
+    """
+    try:
+        out = call(0)
+    except RuntimeError as error:
+        raise Unverified(f"{path} cannot run: {error}"[:500]) from error
+    for layer, kind in case.open:
+        out[layer][KINDS.index(kind)].fill_(float("nan"))
 
 
 @dataclass(frozen=True)

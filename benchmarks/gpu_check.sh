@@ -1,34 +1,66 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in about ten minutes: builds offline, runs the CUDA tests, compute-
-# sanitizer on small shapes, then the benchmarks. Leaves its results in DIRECTORY.
-# usage: benchmarks/gpu_check.sh [--python PYTHON] [--out DIRECTORY] [PART...]
-#        PART: build tests sanitizer bench (default: all of them, in this order)
+# Everything that needs a GPU, in ten minutes: builds offline, runs the CUDA tests, compute-sanitizer
+# on small shapes, then the benchmarks. Leaves its results in DIRECTORY.
+# usage: benchmarks/gpu_check.sh [--python PYTHON] [--out DIRECTORY] [--seconds S] [--commit C] [PART...]
+#        PART: build tests sanitizer fuse generate stages compiled dtypes batches
+#              bench (all from fuse on); default: all of them, in this order, until S (600) are over
 # A part after build uses what an earlier run has built. PYTHON (default python3) has torch with
-# CUDA, pytest, hypothesis, pybind11, cmake and ninja; nothing is fetched.
+# CUDA, pytest, hypothesis, pybind11, cmake and ninja; nothing is fetched. C, 40 digits and perhaps
+# -dirty, is what a copy of a checkout without its .git was made of: the results name it.
+#   fuse      every path, bf16, 1 to 8192 tokens, all gates and half     -> fuse_cuda_bf16.json
+#   generate  C2C against the receiver alone and T2T, every overlap      -> generate_cuda.json
+#   stages    kernel by kernel                                           -> kernels_cuda.json
+#   compiled  torch.compile as a baseline, at 170 and 2048 tokens        -> compiled_cuda.json
+#   dtypes    fp16 and fp32                                              -> fuse_cuda_fp16.json, .._fp32
+#   batches   8 and 32 rows, the large shape                             -> fuse_cuda_batches.json, .._large
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=python3 out=build/gpu_check parts=()
+python=python3 out=build/gpu_check budget=600 parts=()
+bench=(fuse generate stages compiled dtypes batches)
 while [ $# -gt 0 ]; do
   case $1 in
     --python) python=$2 && shift 2 ;;
     --out) out=$2 && shift 2 ;;
-    build | tests | sanitizer | bench) parts+=("$1") && shift ;;
-    *) sed -n '2,7s/^# //p' "$0" >&2 && exit 2 ;;
+    --seconds) budget=$2 && shift 2 ;;
+    --commit) export C2C_EXT_COMMIT=$2 && shift 2 ;;
+    build | tests | sanitizer) parts+=("$1") && shift ;;
+    bench) parts+=("${bench[@]}") && shift ;;
+    *)
+      if [[ " ${bench[*]} " == *" $1 "* ]]; then
+        parts+=("$1") && shift
+      else
+        sed -n '2,16s/^# //p' "$0" >&2 && exit 2
+      fi
+      ;;
   esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(build tests sanitizer bench)
+[ ${#parts[@]} -gt 0 ] || parts=(build tests sanitizer "${bench[@]}")
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 export PYTHONPATH=$PWD
 failed=0
 
-part() { # name, seconds, command: its output into a file, one line here
+part() { # name, seconds at most, command: its output into a file, one line here
   local name=$1 limit=$2 start=$SECONDS status=0
+  local left=$((budget - SECONDS))
   shift 2
-  timeout "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+  if [ "$left" -lt 5 ]; then
+    echo "$name: NOT RUN, the $budget s are over: run this part by itself" | tee -a "$out/summary.txt"
+    failed=1
+    return
+  fi
+  timeout "$((limit < left ? limit : left))" "$@" >"$out/$name.log" 2>&1 || status=$?
   echo "$name: $([ $status = 0 ] && echo passed || echo "FAILED ($status), see $out/$name.log")," \
     "$((SECONDS - start)) s" | tee -a "$out/summary.txt"
   [ $status = 0 ] || { failed=1 && tail -n 15 "$out/$name.log"; }
+}
+
+# A whole run of bench_fuse.py; what remains are its options.
+fusions() { # name of part and file, seconds at most, options
+  local name=$1 limit=$2
+  shift 2
+  part "$name" "$limit" "$python" benchmarks/bench_fuse.py --device cuda --seconds 0.3 --limit 15 \
+    --output "$out/$name.json" "$@"
 }
 
 build() {
@@ -77,11 +109,41 @@ for name in "${parts[@]}"; do
       done
       unset PYTORCH_NO_CUDA_MEMORY_CACHING
       ;;
-    bench)
-      part bench 240 "$python" benchmarks/bench_fuse.py --device cuda --shapes real --dtypes bf16 \
-        --gates all half --batches 1 --tokens 1 16 64 170 512 2048 --seconds 0.3 --limit 15 \
-        --output "$out/fuse_cuda.json"
+    fuse)
+      fusions fuse_cuda_bf16 240 --shapes real --dtypes bf16 --gates all half --batches 1 \
+        --tokens 1 16 64 170 512 2048 8192 --providers reference fuse op \
+        --cuda-paths plain fused hopper
+      ;;
+    generate)
+      part generate_cuda 150 "$python" benchmarks/bench_generate.py --device cuda --pairs real \
+        --dtypes bf16 --prompts 170 --new-tokens 64 --rounds 3 --seconds 0.1 --limit 60 \
+        --output "$out/generate_cuda.json"
+      ;;
+    stages)
+      part kernels_cuda 90 "$python" benchmarks/bench_kernels.py --device cuda --shapes real \
+        --dtypes bf16 --output "$out/kernels_cuda.json"
+      ;;
+    compiled)
+      # Its files' names do not begin as those that tools/fill_dispatch.py reads: no paths.
+      fusions compiled_cuda 120 --shapes real --dtypes bf16 --gates all --batches 1 \
+        --tokens 170 2048 --providers reference compiled fuse
+      ;;
+    dtypes)
+      fusions fuse_cuda_fp16 90 --shapes real --dtypes fp16 --gates all --batches 1 \
+        --tokens 1 64 170 2048 --providers reference fuse op --cuda-paths plain fused hopper
+      fusions fuse_cuda_fp32 90 --shapes real --dtypes fp32 --gates all --batches 1 \
+        --tokens 1 64 170 2048 --providers reference fuse op --cuda-paths plain
+      ;;
+    batches)
+      fusions fuse_cuda_batches 90 --shapes real --dtypes bf16 --gates all --batches 8 32 \
+        --tokens 1 64 --providers reference fuse op --cuda-paths plain fused hopper
+      fusions fuse_cuda_large 120 --shapes large --dtypes bf16 --gates all --batches 1 \
+        --tokens 1 64 170 2048 --providers reference fuse op --cuda-paths plain fused hopper
       ;;
   esac
 done
+if compgen -G "$out/fuse_cuda_*.json" >/dev/null; then
+  echo "for auto to take the fastest paths: copy $out/fuse_cuda_*.json to benchmarks/results/," \
+    "then python tools/fill_dispatch.py"
+fi
 exit $failed

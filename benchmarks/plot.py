@@ -84,6 +84,8 @@ def drawings(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _lines(rows: Sequence[Row], name: str, value: str) -> list[Line]:
     lines: dict[str, Line] = {}
     for row in rows:
+        if value not in row:  # a kernel of which it is not known what it does at least
+            continue
         y = row[value]
         of_time = isinstance(y, dict)  # seconds, drawn as milliseconds
         triple = [1e3 * y[k] for k in ("median", "p20", "p80")] if of_time else [y, y, y]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -29,9 +30,12 @@ def environment(root: Path = PACKAGE.parent) -> dict[str, Any]:
     """Everything about machine and software that a time may depend on.
 
     Args:
-        root: the checkout that the benchmark belongs to. Its commit is recorded, if it is one.
+        root: the checkout that the benchmark belongs to. Its commit is recorded, if it is one; of
+            a copy without history, what C2C_EXT_COMMIT says: 40 digits, then -dirty if changed.
     """
     commit, dirty = commit_of(root)
+    if commit is None:
+        commit, dirty = _commit_told()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
@@ -68,6 +72,16 @@ def commit_of(root: Path) -> tuple[str | None, bool | None]:
         return git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno") != ""
     except (OSError, subprocess.CalledProcessError):
         return None, None
+
+
+def _commit_told() -> tuple[str | None, bool | None]:
+    """As `commit_of`, of a copy without history: by the environment variable C2C_EXT_COMMIT."""
+    told = os.environ.get("C2C_EXT_COMMIT")
+    if told is None:
+        return None, None
+    if not re.fullmatch("[0-9a-f]{40}(-dirty)?", told):
+        raise ValueError(f"C2C_EXT_COMMIT must be 40 digits and perhaps -dirty, got {told!r}")
+    return told[:40], told.endswith("-dirty")
 
 
 def cache_sizes() -> dict[str, int]:

@@ -351,6 +351,19 @@ def test_commit_is_that_of_the_checkout_alone(tmp_path: Path) -> None:
     assert machine.commit_of(tmp_path / "inside") == (None, None)
 
 
+def test_a_copy_without_history_is_told_its_commit(tmp_path: Path, monkeypatch) -> None:
+    commit = "0123456789" * 4
+    for told, expected in ((commit, False), (f"{commit}-dirty", True)):
+        monkeypatch.setenv("C2C_EXT_COMMIT", told)
+        found = machine.environment(tmp_path)
+        assert (found["commit"], found["dirty"]) == (commit, expected)
+    monkeypatch.setenv("C2C_EXT_COMMIT", "main")
+    with pytest.raises(ValueError, match="C2C_EXT_COMMIT must be 40 digits and perhaps -dirty"):
+        machine.environment(tmp_path)
+    monkeypatch.delenv("C2C_EXT_COMMIT")
+    assert machine.environment(tmp_path)["commit"] is None
+
+
 def test_peak_memory_sees_what_a_call_frees_again() -> None:
     measured = machine.peak_memory(lambda: torch.ones(64 << 18).sum())  # 64 MiB
     if measured is not None:  # a kernel that does not let the mark be reset
@@ -579,7 +592,7 @@ def test_generate_is_broken_down_and_its_tokens_verified(
     assert [row["provider"] for row in (receiver, text, c2c)] == list(bench.MODES)
     assert set(receiver["parts"]) == {"receiver prefill", "decode"}
     assert set(text["parts"]) >= {"sharer prefill", "sharer writing", "receiver prefill", "decode"}
-    assert set(c2c["parts"]) == {*bench.PREFIX, "decode"}
+    assert set(c2c["parts"]) == {*scripts("answers").PREFIX, "decode"}
     for row in (receiver, text, c2c):
         assert row["first_token"]["median"] < row["seconds"]["median"]
         assert row["verified"]["tokens_equal"] == 3
@@ -589,7 +602,7 @@ def test_generate_is_broken_down_and_its_tokens_verified(
 def test_generate_that_does_not_fuse_is_not_timed(scripts, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = scripts("bench_generate")
     pair = bench.Pair("tiny", torch.float32)
-    pair.attached = pair.receiver  # answers from its own cache
+    pair.attached = {"C2C": pair.receiver}  # answers from its own cache
     ids = pair.prompt(8)
     rows, left_out = bench.measure({}, pair, ids, 4, 8, NO_EFFORT)
     assert [row["provider"] for row in rows] == ["receiver", "T2T"]

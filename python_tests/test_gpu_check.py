@@ -1,0 +1,90 @@
+"""benchmarks/gpu_check.sh without a GPU: its parts, its time, its benchmarks' options."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_bench
+import torch
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_check.sh"
+
+scripts = test_bench.scripts
+
+
+def run(*options: str) -> subprocess.CompletedProcess:
+    return subprocess.run([SCRIPT, *options], capture_output=True, text=True)
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """Runs parts with a Python that only writes down its arguments; returns them, call by call."""
+    calls, stub = tmp_path / "calls", tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\nfor a in "$@"; do printf "%s " "$a"; done >> {calls}\n')
+    stub.write_text(stub.read_text() + f"echo >> {calls}\n")
+    stub.chmod(0o755)
+
+    def record(*parts: str) -> list[list[str]]:
+        done = run("--python", str(stub), "--out", str(tmp_path / "out"), *parts)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [shlex.split(line) for line in calls.read_text().splitlines()]
+
+    return record
+
+
+def test_every_benchmark_takes_the_options_it_is_given(recorded, scripts, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    calls = recorded("bench")
+    written = []
+    for script, *options in calls:
+        name = Path(script).stem
+        with pytest.raises(SystemExit, match=f"{name}.py: --device cuda needs a GPU"):
+            scripts(name).main(options)
+        written.append(Path(options[options.index("--output") + 1]).name)
+    assert written == [
+        "fuse_cuda_bf16.json",
+        "generate_cuda.json",
+        "kernels_cuda.json",
+        "compiled_cuda.json",
+        *("fuse_cuda_fp16.json", "fuse_cuda_fp32.json"),
+        *("fuse_cuda_batches.json", "fuse_cuda_large.json"),
+    ]
+
+
+def test_what_fills_the_table_has_paths_and_every_bucket(recorded) -> None:
+    (first, *_) = recorded("fuse")
+    assert "--cuda-paths plain fused hopper" in " ".join(first)
+    assert "--tokens 1 16 64 170 512 2048 8192" in " ".join(first)
+
+
+def test_a_part_can_be_run_by_itself(recorded) -> None:
+    assert [Path(call[0]).name for call in recorded("stages", "generate")] == [
+        "bench_kernels.py",
+        "bench_generate.py",
+    ]
+
+
+def test_the_tests_part_runs_the_tests_of_a_gpu(recorded) -> None:
+    (call,) = recorded("tests")
+    assert call[:2] == ["-m", "pytest"] and "python_tests/test_cuda.py" in call
+
+
+def test_a_part_that_fails_fails_the_whole(tmp_path) -> None:
+    done = run("--python", "false", "--out", str(tmp_path), "stages")
+    assert done.returncode == 1 and "kernels_cuda: FAILED (1)" in done.stdout
+
+
+def test_no_part_begins_when_the_time_is_over(tmp_path) -> None:
+    done = run("--python", sys.executable, "--out", str(tmp_path), "--seconds", "4", "stages")
+    assert done.returncode == 1 and "kernels_cuda: NOT RUN, the 4 s are over" in done.stdout
+
+
+def test_an_unknown_part_is_refused_with_the_usage(tmp_path) -> None:
+    done = run("everything")
+    assert done.returncode == 2 and "usage: benchmarks/gpu_check.sh" in done.stderr
+    for part in ("build", "sanitizer", "fuse", "generate", "stages", "batches"):
+        assert part in done.stderr
