@@ -124,9 +124,9 @@ for name in "${parts[@]}"; do
         --dtypes bf16 --output "$out/kernels_cuda.json"
       ;;
     compiled)
-      # Its files' names do not begin as those that tools/fill_dispatch.py reads: no paths.
+      # Not named as what tools/fill_dispatch.py reads: the same cells as in fuse_cuda_bf16.
       fusions compiled_cuda 120 --shapes real --dtypes bf16 --gates all --batches 1 \
-        --tokens 170 2048 --providers reference compiled fuse
+        --tokens 170 2048 --providers reference compiled op --cuda-paths plain fused hopper
       ;;
     dtypes)
       fusions fuse_cuda_fp16 90 --shapes real --dtypes fp16 --gates all --batches 1 \

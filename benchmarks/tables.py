@@ -189,6 +189,59 @@ def answers(names: Sequence[str]) -> str:
     return markdown(header, lines) + "\n" + where(*names)
 
 
+def gpu_goals(names: Sequence[str], shape: str, dtype: str) -> str:
+    """Whole fusions on a GPU, the fastest path at each number of tokens, against what was aimed at.
+
+    Bandwidth and GEMM rate are those of the graph, where the host does not count.
+    """
+    rows = [
+        row
+        for name in names
+        for row in results(name)["rows"]
+        if (row["shape"], row["dtype"], row["batch"]) == (shape, dtype, 1)
+    ]
+    lines = []
+    for tokens in sorted({r["tokens"] for r in rows}):
+        here = [r for r in rows if r["tokens"] == tokens]
+        # torch.compile is measured in runs of its own, which take long.
+        alone = [r for r in here if "compiled" not in (r["provider"], *r["ratios"])]
+        whole = [r for r in alone if r["gates"] == "all"]
+        ours = min((r for r in whole if "cuda_path" in r), key=_median, default=None)
+        if ours is None:
+            continue
+        path = ours["cuda_path"]
+        graph = find(whole, provider=f"op {path} graph")
+        half = find((r for r in alone if r["gates"] == "half"), provider=f"op {path}")
+        beside = [r for r in here if "compiled" in r["ratios"] and r["gates"] == "all"]
+        beside = find(beside, provider=f"op {path}")
+        limit = 2 * ours["fused_bytes"] + (64 << 20)
+        lines.append(
+            [
+                str(tokens),
+                path,
+                milliseconds(_median(ours)),
+                milliseconds(_median(graph)) if graph else "",
+                f"{graph['fraction_of_ceiling']:.0%} of {graph['bound']}" if graph else "",
+                f"{ours['ratios']['reference']:.1f} x",
+                f"{beside['ratios']['compiled']:.1f} x" if beside else "",
+                f"{_median(ours) / _median(half):.2f} x" if half else "",
+                f"{ours['extra_bytes'] / 1e6:,.0f} ({limit / 1e6:,.0f})".replace(",", " "),
+            ]
+        )
+    header = (
+        "N|path|called, ms|graph, ms|graph reaches|eager|`torch.compile`|half open|extra MB (goal)"
+    )
+    goals = (
+        "Goals: up to N = 64 75% of memory and 20 times eager; N = 170 0.5 ms; N = 2048 55% of the "
+        "GEMM rate, 4 times eager and 2 times `torch.compile`; half the gates open 1.8 times.\n\n"
+    )
+    return markdown(header.split("|"), lines) + "\n" + goals + where(*names)
+
+
+def _median(row: Row) -> float:
+    return row["seconds"]["median"]
+
+
 def load_memory(name: str) -> str:
     """Loading a fuser, two ways."""
     data = results(name)
@@ -211,10 +264,12 @@ def where(*names: str) -> str:
     sentences = []
     for name in names:
         env = results(name)["environment"]
+        gpus = {row["device"] for row in results(name).get("rows", []) if "device" in row}
         variables = " ".join(f"`{k}={v}`" for k, v in env.get("variables", {}).items())
         sentences.append(
             f"Measured on {env['date'][:10]} at {(env['commit'] or 'no commit')[:7]}"
             + (" and changes" if env["dirty"] else "")
+            + "".join(f", {gpu}" for gpu in sorted(gpus))
             + f", {env['cpu']}, torch {env['torch']}"
             + (f", with {variables}" if variables else "")
             + f": [{name}]({{results}}/{name})."
@@ -223,6 +278,7 @@ def where(*names: str) -> str:
 
 
 FUSE = ("fuse_float32.json", "fuse_bfloat16.json")
+ON_A_GPU = ("fuse_cuda_bf16.json", "compiled_cuda.json")  # of benchmarks/gpu_check.sh
 TABLES: dict[str, Callable[[], str]] = {
     "fusions real": partial(fusions, FUSE, "real", 1),
     "fusions real batch 8": partial(fusions, FUSE, "real", 8),
@@ -236,6 +292,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "stages real float32": partial(stages, "kernels.json", "real", "float32", (1, 16, 170)),
     "stages real bfloat16": partial(stages, "kernels.json", "real", "bfloat16", (1, 16, 170)),
 }
+if all((RESULTS / name).exists() for name in ON_A_GPU):  # once a GPU has measured them
+    TABLES["goals on a GPU"] = partial(gpu_goals, ON_A_GPU, "real", "bfloat16")
 
 
 def filled(document: str, text: str) -> str:

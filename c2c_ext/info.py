@@ -56,7 +56,7 @@ def describe() -> dict[str, str]:
         lines["cuda"] = "no device"
         if missing is not None and build["cuda_architectures"]:
             lines["cuda"] += f"; no kernels: {missing}"
-    if build["cuda_architectures"]:
+    if build["cuda_architectures"] and missing is None:
         lines["CUDA paths"] = cuda_paths.describe(table, os.environ.get(cuda_paths.VARIABLE))
     return lines
 

@@ -313,3 +313,5 @@ def test_info_says_which_paths_there_are(table, measured, monkeypatch) -> None:
     lines = info.describe()
     assert ("never measured" in lines["cuda:0"]) != measured
     assert ("no path has been measured" in lines["CUDA paths"]) != measured
+    monkeypatch.setattr(info, "kernels_missing", lambda device: "because")
+    assert "CUDA paths" not in info.describe()

@@ -60,6 +60,47 @@ def test_a_table_shows_medians_and_ratios_of_its_rows(tables, tmp_path, monkeypa
     assert f"Measured on 2026-01-02 at 0123456, a CPU, torch 9: {source}." in text
 
 
+def gpu_row(provider: str, ms: float, tokens: int = 64, gates: str = "all", **changes) -> dict:
+    found = row(provider, 1e-3 * ms, **changes.pop("ratios", {}))
+    found |= {"dtype": "bfloat16", "tokens": tokens, "gates": gates, "device": "GPU 1"}
+    found |= {"fused_bytes": 10**7, "extra_bytes": 3 * 10**6}
+    return {**found, "fraction_of_ceiling": 0.5, "bound": "memory", **changes}
+
+
+def test_goals_are_those_of_the_fastest_path(tables, tmp_path, monkeypatch) -> None:
+    def op(path: str, ms: float, **changes) -> dict:
+        return gpu_row(f"op {path}", ms, cuda_path=path, **changes)
+
+    measured = [
+        gpu_row("reference", 20.0),
+        op("plain", 1.0, ratios={"reference": 20.0}),
+        op("fused", 0.5, ratios={"reference": 40.0}),
+        gpu_row("op plain graph", 0.8, cuda_graph="plain"),
+        gpu_row("op fused graph", 0.25, cuda_graph="fused", fraction_of_ceiling=0.8),
+        op("plain", 0.9, gates="half"),
+        op("fused", 0.25, gates="half"),
+        op("plain", 3.0, tokens=8192, ratios={"reference": 2.0}),
+    ]
+    beside = [
+        gpu_row("compiled", 4.0, ratios={"op fused": 0.1}),
+        op("fused", 0.4, ratios={"reference": 50.0, "compiled": 10.0}),
+    ]
+    environment = {"date": "2026-01-02T03:04:05+00:00", "cpu": "a CPU", "torch": "9"}
+    environment |= {"commit": "0123456789", "dirty": False}
+    for name, rows in zip(tables.ON_A_GPU, (measured, beside), strict=True):
+        (tmp_path / name).write_text(json.dumps({"rows": rows, "environment": environment}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    tables.results.cache_clear()
+    try:
+        text = tables.gpu_goals(tables.ON_A_GPU, "real", "bfloat16")
+    finally:
+        tables.results.cache_clear()
+    cells = ["64", "fused", "0.50", "0.25", "80% of memory", "40.0 x", "10.0 x", "2.00 x"]
+    assert f"| {' | '.join(cells)} | 3 (87) |" in text
+    assert "| 8192 | plain | 3.00 |  |  | 2.0 x |  |  | 3 (87) |" in text
+    assert "Measured on 2026-01-02 at 0123456, GPU 1, a CPU, torch 9" in text
+
+
 def test_an_unknown_table_is_named(tables) -> None:
     text = "<!-- table: nonsense -->\n<!-- end of table -->"
     with pytest.raises(ValueError, match="no table 'nonsense'"):
