@@ -183,8 +183,9 @@ def fuse_training(
         token_map: int64 ``[N]`` or ``[B, N]``: sharer token of every receiver token; anything
             outside ``0 .. S-1`` leaves the receiver's token as it is.
         gates: one (key gate, value gate) per receiver layer, each broadcastable to
-            ``[B, Ht, N, 1]``; or a tensor ``[layers, kinds, 1|B, 1|Ht, 1|N]``. By default hard:
-            open iff the logit is > 0, no gradient reaches it. A gate of 0 keeps the token's bits.
+            ``[B, Ht, N, 1]``; or a tensor ``[layers, kinds, 1|B, 1|H, 1|N]``, of which a layer
+            with fewer than H heads takes the first. By default hard: open iff the logit is > 0, no
+            gradient reaches it. A gate of 0 keeps the token's bits.
         dropout: probability, on the output of every feed-forward block before it is added.
         seed, offset: what dropout draws is a function of these and of an element's place alone.
         recompute: save nothing but the inputs and compute the forward again in the backward, to
@@ -272,7 +273,7 @@ def _group_gate(group: FuserGroup, gates: Gates | None, dtype: torch.dtype) -> T
         return (group.gate_logit.detach() > 0).to(dtype).view(-1, 1, 1, 1)
     if isinstance(gates, Tensor):
         own = torch.stack([gates[layer] for layer in group.layers])
-        return own.flatten(0, 1).to(dtype)
+        return own.flatten(0, 1)[:, :, : group.receiver_shape.num_heads].to(dtype)
     streams = []
     for g in range(len(group.layers) * len(group.kinds)):
         layer, kind = group.place(g)

@@ -19,6 +19,7 @@ from .. import reference
 from ..cache import KVPairs
 from ..fuser import Fuser
 from ..messages import shown
+from ..training_op import fuse_training, op_missing
 from .checks import check_masters, check_models, check_vocabulary
 from .gates import GateSampler, combined_seed, gate_pairs
 from .layout import IGNORE, Layout, lay_out
@@ -315,22 +316,30 @@ class C2CTrainingModel(nn.Module):
                 seed = int(torch.randint(2**63 - 1, ()))
             else:
                 seed = combined_seed(self.seed, self.step, *sample_ids)
-        # The compiled training op takes its place here for backend "op".
-        run = functools.partial(
-            _reference_fuse, fuser=self.fuser, gates=gates, dropout=dropout, seed=seed
-        )
+        common = {"fuser": self.fuser, "dropout": dropout, "seed": seed}
+        if self.backend == "op" and op_missing(self.fuser, base[0][0].device) is None:
+            return fuse_training(
+                base,
+                shared,
+                token_map=layout.token_map,
+                gates=gates,
+                recompute=self.recompute,
+                **common,
+            )
+        pairs = None if gates is None else gate_pairs(gates, self.fuser)
+        run = functools.partial(_reference_fuse, gates=pairs, **common)
         if self.recompute and torch.is_grad_enabled():
             run = functools.partial(checkpoint, run, use_reentrant=False)
         return run(base, shared, token_map=layout.token_map)
 
-    def _gates(self, layout: Layout, sample_ids: list[int] | None) -> list | None:
+    def _gates(self, layout: Layout, sample_ids: list[int] | None) -> Tensor | None:
         if self.sampler is None or not self.fuser.config.gate:
             return None
         batch, tokens = layout.prefix_ids.shape
         noise = self.sampler.noise(
             self.fuser, batch, tokens, self.seed, step=self.step, sample_ids=sample_ids
         )
-        return gate_pairs(self.sampler.gates(self.fuser, noise, self.step), self.fuser)
+        return self.sampler.gates(self.fuser, noise, self.step)
 
     def _answer(self, fused: KVPairs, layout: Layout) -> Tensor:
         """Logits ``[B, T, V]`` of what follows the prefix."""
