@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "stages.h"
-#include "train_products.h"
 
 namespace c2c::cpu {
 namespace {
@@ -34,6 +33,7 @@ HeadShape head_shape(const KVShape& shape) { return {shape.heads, shape.dim}; }
 TrainBackend::TrainBackend(const train::Call& call)
     : call_(call),
       kernels_(train_kernels(cache_type(call.type))),
+      products_(cache_type(call.type)),
       sums_size_(element_size(call.sums)) {
   const train::Sizes& s = call.sizes;
   const auto& map = call.token_map;
@@ -62,7 +62,7 @@ Tensor TrainBackend::empty(const std::vector<int64_t>& sizes, ScalarType type) c
 
 void TrainBackend::multiply(int64_t streams, int64_t rows, int64_t cols, int64_t depth,
                             const Matrices& out, const Matrices& a, const Matrices& b) const {
-  multiply_on_cpu(kernels_, streams, rows, cols, depth, out, a, b);
+  products_.multiply(streams, rows, cols, depth, out, a, b);
 }
 
 void TrainBackend::gather(Chunk chunk, const Matrices& c) const {

@@ -7,6 +7,7 @@
 #include "../train/call.h"
 #include "../train/matrices.h"
 #include "train_kernels.h"
+#include "train_products.h"
 
 namespace c2c::cpu {
 
@@ -66,8 +67,9 @@ class TrainBackend {
 
   const train::Call& call_;
   const TrainKernels& kernels_;
-  std::vector<Row> rows_;  // all of them; source -1: no sharer token
-  int64_t sums_size_;      // bytes of S
+  mutable Products products_;  // keeps its memory from product to product
+  std::vector<Row> rows_;      // all of them; source -1: no sharer token
+  int64_t sums_size_;          // bytes of S
 };
 
 }  // namespace c2c::cpu

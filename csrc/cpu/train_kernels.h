@@ -16,6 +16,12 @@ struct Rows {
   int64_t stride = 0;
 };
 
+// A matrix of the caches' type; one of its strides is 1.
+struct StridedMatrix {
+  void* data;
+  int64_t row_stride, column_stride;
+};
+
 // Gates of one stream, in S; data null: 1. Strides of batch, head and token.
 struct GateView {
   const void* data = nullptr;
@@ -90,9 +96,15 @@ struct TrainKernels {
                   int64_t batch, int64_t first, int64_t count, const CacheView& grad_sharer,
                   void* scratch);  // dim of S
 
-  // Rounds `count` x `cols` S to the caches' type, or widens it to S.
+  // Rounds `count` x `cols` S to the caches' type.
   void (*narrow)(Rows from, Rows to, int64_t count, int64_t cols);
-  void (*widen)(Rows from, Rows to, int64_t count, int64_t cols);
+  // to += from, both S.
+  void (*add)(Rows from, Rows to, int64_t count, int64_t cols);
+
+  // Operands of a product (panel_gemm.h) in S: rows [count, depth] one after another, and
+  // [depth, cols] in panels of S, what is missing in the last one filled with zeros.
+  void (*pack_rows)(StridedMatrix from, int64_t count, int64_t depth, void* rows);
+  void (*pack_panels)(StridedMatrix from, int64_t depth, int64_t cols, void* panels);
 };
 
 constexpr int64_t kSumColumns = 128;
