@@ -13,7 +13,9 @@ from ..cache import KVPairs
 def prefill(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, role: str, chunk: int | None = None
 ) -> KVPairs:
-    """(key, value) ``[B, H, N, D]`` of every layer, sliding ones too; zero where there is padding.
+    """(key, value) ``[B, H, N, D]`` of every layer, sliding ones too.
+
+    Where a row is padded they are finite and mean nothing.
 
     Args:
         ids: int64 ``[B, N]``, padded on the left; N at least 1.
@@ -57,7 +59,6 @@ def prefill(
 
 
 def _moved(x: Tensor, columns: Tensor) -> Tensor:
-    """``x [B, H, N, D]`` at ``columns [B, N]``, zero at negative ones."""
-    index = columns[:, None, :, None]
-    taken = x.gather(2, index.clamp(min=0).expand(-1, x.shape[1], -1, x.shape[3]))
-    return taken.masked_fill_(index < 0, 0)
+    """``x [B, H, N, D]`` at ``columns [B, N]``; at negative ones anything of the row."""
+    index = columns.clamp(min=0)[:, None, :, None]
+    return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
