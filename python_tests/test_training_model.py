@@ -24,6 +24,7 @@ from training_samples import ROWS, chosen_rows, gap_rows, models, ragged_rows, r
 
 from c2c_ext.training import C2CTrainingModel, GateSampler, parameter_groups
 from c2c_ext.training.model import BACKENDS
+from c2c_ext.training.prefill import prefill
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -360,6 +361,44 @@ def test_chunked_prefill_equals_whole_prefill(kind, chunk):
         chunked = hard(*trio_, prefill_chunk=chunk)(**batch).loss
     assert chunked.item() == pytest.approx(whole.item(), rel=1e-12)
     assert len(calls) == -(-11 // chunk)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_recomputing_keeps_less_for_the_backward(backend):
+    trio_ = models(dtype=torch.float32)
+    batch = batch_of([Row(random_ids(60, i), 58) for i in range(4)], "left")
+    kept = []
+    for recompute in (False, True):
+        model = hard(*trio_, recompute=recompute, backend=backend)
+        saved = {}
+
+        def pack(t: torch.Tensor, saved: dict = saved) -> torch.Tensor:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = model(**batch).loss
+        kept.append(sum(saved.values()))
+        loss.backward()
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_prefills_record_no_gradients():
+    model = receiver_model()
+    ids = random_ids(5, 0)[None]
+    assert all(p.requires_grad for p in model.parameters())
+    pairs = prefill(model, ids, torch.ones_like(ids) > 0, "receiver")
+    assert not any(t.requires_grad for pair in pairs for t in pair)
+
+
+def test_a_model_without_a_cache_is_an_error():
+    model = receiver_model().train()
+    enable = "activation_checkpointing_enable"  # by its older name in older versions
+    enable = enable if hasattr(model, enable) else "gradient_checkpointing_enable"
+    getattr(model, enable)()  # transformers drops the cache then
+    ids = random_ids(5, 0)[None]
+    with pytest.raises(RuntimeError, match=r"the sharer \(Qwen3ForCausalLM\) kept no cache of the"):
+        prefill(model, ids, torch.ones_like(ids) > 0, "sharer")
 
 
 def test_dropout_is_keyed_by_step_and_samples():
