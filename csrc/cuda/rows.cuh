@@ -1,0 +1,157 @@
+// What kernels share that have a block of threads per row: columns by packs, sums over a block, one
+// token of a cache.
+#pragma once
+
+#include <type_traits>
+
+#include "row_kernels.h"
+
+namespace c2c::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 128;
+
+// The type that values of C are summed in.
+template <class C>
+using Sums = std::conditional_t<std::is_same_v<C, double>, double, float>;
+
+// Neighbours that are loaded or stored at once, in accesses of up to 16 bytes.
+template <class C, int kCount>
+struct alignas(kCount * sizeof(C) < 16 ? kCount * sizeof(C) : 16) Pack {
+  C x[kCount];
+};
+
+template <class C>
+constexpr int kPack = static_cast<int>(16 / sizeof(C));
+
+template <class C, int kCount>
+__device__ bool aligned(const C* p) {
+  return reinterpret_cast<uintptr_t>(p) % alignof(Pack<C, kCount>) == 0;
+}
+
+template <int kCount, class C>
+__device__ Pack<C, kCount> load(const C* from) {
+  return *reinterpret_cast<const Pack<C, kCount>*>(from);
+}
+
+template <int kCount, class C>
+__device__ void store(const Pack<C, kCount>& pack, C* to) {
+  *reinterpret_cast<Pack<C, kCount>*>(to) = pack;
+}
+
+// Calls f(column, integral constant: how many from there on) for the columns that fall to `thread`
+// of `threads`: packs first where all rows are aligned for them, then what is left one by one.
+template <int kCount, class F>
+__device__ void for_columns(int64_t cols, bool packed, int thread, int threads, const F& f) {
+  const int64_t packs_end = packed ? cols / kCount * kCount : 0;
+  for (int64_t i = int64_t{thread} * kCount; i < packs_end; i += int64_t{threads} * kCount) {
+    f(i, std::integral_constant<int, kCount>{});
+  }
+  for (int64_t i = packs_end + thread; i < cols; i += threads) {
+    f(i, std::integral_constant<int, 1>{});
+  }
+}
+
+template <int kCount, class F>
+__device__ void for_columns(int64_t cols, bool packed, const F& f) {
+  for_columns<kCount>(cols, packed, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), f);
+}
+
+// Row `row` of stream blockIdx.y.
+template <class C>
+__device__ C* row_of(const Matrices& m, int64_t row) {
+  return static_cast<C*>(m.data) + blockIdx.y * m.stream_stride + row * m.row_stride;
+}
+
+template <class T>
+__device__ T warp_sum(T v) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) v += __shfl_xor_sync(~0u, v, mask);
+  return v;
+}
+
+// The sum over the block's threads, in every thread. Once per kernel: the shared array is not
+// guarded against a second use.
+template <class T>
+__device__ T block_sum(T v) {
+  __shared__ T partial[kMaxThreads / kWarp];
+  v = warp_sum(v);
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = v;
+  __syncthreads();
+  T sum = 0;
+  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) sum += partial[warp];
+  return sum;
+}
+
+// A receiver token and the sharer token that it is fused with.
+struct Place {
+  int64_t batch, token, source;  // source -1: the token stays
+};
+
+__device__ inline Place place_of(const Tokens& t, int64_t row) {
+  Place place{row / t.tokens, row % t.tokens, 0};
+  place.source = t.map == nullptr
+                     ? place.token
+                     : t.map[place.batch * t.batch_stride + place.token * t.token_stride];
+  if (place.source < 0 || place.source >= t.sharer_tokens) place.source = -1;
+  return place;
+}
+
+// One token of a cache: channel d of head h is at data[h * head_stride + d * channel_stride].
+template <class C>
+struct Token {
+  C* data;
+  int64_t head_stride, channel_stride;
+  unsigned dim;
+
+  // A pack lies inside one head and is aligned in all of them.
+  __device__ bool packed() const {
+    return channel_stride == 1 && dim % kPack<C> == 0 && head_stride % kPack<C> == 0 &&
+           aligned<C, kPack<C>>(data);
+  }
+  __device__ unsigned head(int64_t i) const { return static_cast<unsigned>(i) / dim; }
+  __device__ C* at(int64_t i) const {  // i counts the channels of all heads
+    const unsigned h = head(i);
+    return data + h * head_stride + (i - int64_t{h} * dim) * channel_stride;
+  }
+};
+
+template <class C>
+__device__ Token<C> token_of(const CacheView& view, HeadShape shape, int64_t batch, int64_t token) {
+  C* data = static_cast<C*>(const_cast<void*>(view.data));
+  return {data + batch * view.stride[0] + token * view.stride[2], view.stride[1], view.stride[3],
+          static_cast<unsigned>(shape.dim)};
+}
+
+// ---- launching ---------------------------------------------------------------------------------
+
+// Calls f(C{}) with the C++ type of the caches.
+template <class F>
+void with_type(CacheType type, const F& f) {
+  switch (type) {
+    case CacheType::kFloat64:
+      return f(double{});
+    case CacheType::kFloat32:
+      return f(float{});
+    case CacheType::kBfloat16:
+      return f(Bfloat16{});
+    case CacheType::kFloat16:
+      return f(Float16{});
+  }
+}
+
+inline dim3 grid_of(const Block& block, int64_t rows_per_block = 1) {
+  return dim3(static_cast<unsigned>((block.rows + rows_per_block - 1) / rows_per_block),
+              static_cast<unsigned>(block.streams));
+}
+
+// Whole warps, and no more than have a pack to do.
+template <class C>
+dim3 threads_of(int64_t cols) {
+  const int64_t per_warp = kWarp * kPack<C>;
+  const int64_t warps = (cols + per_warp - 1) / per_warp;
+  return dim3(warps >= kMaxThreads / kWarp ? kMaxThreads : static_cast<unsigned>(warps) * kWarp);
+}
+
+}  // namespace
+}  // namespace c2c::cuda
