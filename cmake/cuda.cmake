@@ -18,8 +18,10 @@ endif()
 
 set(C2C_OLDEST_CUDA "12.5")  # whose headers have what the Hopper path asks the driver for
 
-set(c2c_cuda_kernels csrc/cuda/row_kernels.cu csrc/cuda/fused_gemm.cu csrc/cuda/hopper_gemm.cu)
-set(c2c_cuda_host csrc/cuda/fuse_cuda.cpp csrc/cuda/hopper_fuse.cpp csrc/cuda/runtime.cpp csrc/checks.cpp)
+set(c2c_cuda_kernels csrc/cuda/row_kernels.cu csrc/cuda/fused_gemm.cu csrc/cuda/hopper_gemm.cu
+    csrc/cuda/train_kernels.cu csrc/cuda/train_cache_kernels.cu)
+set(c2c_cuda_host csrc/cuda/fuse_cuda.cpp csrc/cuda/hopper_fuse.cpp csrc/cuda/fuse_train_cuda.cpp
+    csrc/cuda/runtime.cpp csrc/checks.cpp csrc/train/check_call.cpp csrc/train/matrices.cpp)
 
 # ---- the compiler ------------------------------------------------------------------------------
 set(c2c_gencode)

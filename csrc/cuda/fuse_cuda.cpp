@@ -9,6 +9,7 @@
 #include <string>
 
 #include "../fuse_op.h"
+#include "arguments.h"
 #include "fused_gemm.h"
 #include "hopper_gemm.h"
 #include "runtime.h"
@@ -17,16 +18,20 @@ namespace c2c {
 namespace {
 
 using cuda::Block;
+using cuda::check_width;
 using cuda::Combine;
 using cuda::Device;
 using cuda::FusedCall;
 using cuda::FusedWeights;
+using cuda::head_shape;
 using cuda::HeadShape;
 using cuda::kMaxStreams;
+using cuda::kPlacement;
 using cuda::Matrices;
 using cuda::Path;
 using cuda::Streams;
 using cuda::Tokens;
+using cuda::view_of;
 using torch::headeronly::ScalarType;
 
 // Scratch is at most this plus the size of the fused caches: more streams x tokens are done in
@@ -34,10 +39,6 @@ using torch::headeronly::ScalarType;
 constexpr int64_t kScratchBytes = int64_t{64} << 20;
 constexpr int64_t kMaxRows = int64_t{1} << 30;  // of one launch
 constexpr int64_t kAlignment = 16;              // of every row of scratch, in bytes
-
-HeadShape head_shape(const KVShape& shape) {
-  return {static_cast<int>(shape.heads), static_cast<int>(shape.dim)};
-}
 
 std::vector<const void*> addresses(const std::vector<Tensor>& tensors) {
   std::vector<const void*> result;
@@ -56,19 +57,13 @@ class Fusion {
         type_(cache_type(scalar_)),
         size_(static_cast<int64_t>(call_.streams[0].base->element_size())),
         sums_size_(scalar_ == ScalarType::Double ? 8 : 4),
-        tokens_{nullptr, 0, 0, s_.batch, s_.tokens, s_.sharer_tokens},
+        tokens_(cuda::tokens_of(request.token_map, s_.batch, s_.tokens, s_.sharer_tokens)),
         activation_(request.activation),
         integration_(request.integration),
         accumulate_(request.accumulate),
         path_(cuda::chosen_path(device_, type_, s_.batch * s_.tokens)),
         deep_w2_(addresses(w_.deep_w2)),
-        deep_w1_(addresses(w_.deep_w1)) {
-    if (const auto& token_map = request.token_map) {
-      tokens_.map = static_cast<const int64_t*>(token_map->const_data_ptr());
-      tokens_.batch_stride = token_map->dim() == 2 ? token_map->stride(0) : 0;
-      tokens_.token_stride = token_map->stride(token_map->dim() - 1);
-    }
-  }
+        deep_w1_(addresses(w_.deep_w1)) {}
 
   void run() {
     const int64_t count = s_.batch * s_.tokens;
@@ -267,7 +262,7 @@ class Fusion {
   const ScalarType scalar_;
   const CacheType type_;
   const int64_t size_, sums_size_;  // bytes of an element
-  Tokens tokens_;
+  const Tokens tokens_;
   const Activation activation_;
   const Integration integration_;
   const bool accumulate_;
@@ -276,14 +271,6 @@ class Fusion {
   int64_t first_ = 0;  // stream of the chunk
   Block block_{};
 };
-
-void check_width(const char* side, const KVShape& shape) {
-  if (shape.width() > INT32_MAX) {
-    throw std::runtime_error(std::string("c2c_ext.fuse: ") + side + "_heads times " + side +
-                             "_dim must be below 2^31 on a GPU, got " +
-                             std::to_string(shape.width()));
-  }
-}
 
 }  // namespace
 
@@ -298,10 +285,10 @@ void fuse_cuda(const FuseRequest& request) {
 #ifdef C2C_EMULATE
 STABLE_TORCH_LIBRARY(c2c_emulated, m) { m.def(c2c::kFuseSchema); }
 STABLE_TORCH_LIBRARY_IMPL(c2c_emulated, CPU, m) {
-  m.impl("fuse_", TORCH_BOX((&c2c::fuse_<c2c::Placement::kCpuRows, c2c::fuse_cuda>)));
+  m.impl("fuse_", TORCH_BOX((&c2c::fuse_<c2c::cuda::kPlacement, c2c::fuse_cuda>)));
 }
 #else
 STABLE_TORCH_LIBRARY_IMPL(c2c, CUDA, m) {
-  m.impl("fuse_", TORCH_BOX((&c2c::fuse_<c2c::Placement::kCuda, c2c::fuse_cuda>)));
+  m.impl("fuse_", TORCH_BOX((&c2c::fuse_<c2c::cuda::kPlacement, c2c::fuse_cuda>)));
 }
 #endif

@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const bool packed = caches_packed && aligned<C, kPack<C>>(p) && aligned<T, kPack<C>>(b);
   for_columns<kPack<C>>(width, packed, [&](int64_t i, auto count) {
     constexpr int kCount = decltype(count)::value;
-    const unsigned head = base.head(i);
+    const unsigned head = base.head_of(i);
     const T w =
         head_logits == nullptr
             ? T(1)

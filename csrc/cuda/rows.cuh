@@ -70,17 +70,27 @@ __device__ T warp_sum(T v) {
   return v;
 }
 
-// The sum over the block's threads, in every thread. Once per kernel: the shared array is not
-// guarded against a second use.
+// v[i] becomes its sum over the block's threads, in every thread. Once per kernel: the shared array
+// is not guarded against a second use.
+template <int kCount, class T>
+__device__ void block_sums(T (&v)[kCount]) {
+  __shared__ T partial[kCount][kMaxThreads / kWarp];
+  for (int i = 0; i < kCount; ++i) {
+    const T sum = warp_sum(v[i]);
+    if (threadIdx.x % kWarp == 0) partial[i][threadIdx.x / kWarp] = sum;
+  }
+  __syncthreads();
+  for (int i = 0; i < kCount; ++i) {
+    v[i] = 0;
+    for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) v[i] += partial[i][warp];
+  }
+}
+
 template <class T>
 __device__ T block_sum(T v) {
-  __shared__ T partial[kMaxThreads / kWarp];
-  v = warp_sum(v);
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = v;
-  __syncthreads();
-  T sum = 0;
-  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) sum += partial[warp];
-  return sum;
+  T sum[1] = {v};
+  block_sums(sum);
+  return sum[0];
 }
 
 // A receiver token and the sharer token that it is fused with.
@@ -109,10 +119,12 @@ struct Token {
     return channel_stride == 1 && dim % kPack<C> == 0 && head_stride % kPack<C> == 0 &&
            aligned<C, kPack<C>>(data);
   }
-  __device__ unsigned head(int64_t i) const { return static_cast<unsigned>(i) / dim; }
-  __device__ C* at(int64_t i) const {  // i counts the channels of all heads
-    const unsigned h = head(i);
-    return data + h * head_stride + (i - int64_t{h} * dim) * channel_stride;
+  __device__ C* head(int64_t h) const { return data + h * head_stride; }
+  // i counts the channels of all heads.
+  __device__ unsigned head_of(int64_t i) const { return static_cast<unsigned>(i) / dim; }
+  __device__ C* at(int64_t i) const {
+    const unsigned h = head_of(i);
+    return head(h) + (i - int64_t{h} * dim) * channel_stride;
   }
 };
 
@@ -143,6 +155,12 @@ void with_type(CacheType type, const F& f) {
 inline dim3 grid_of(const Block& block, int64_t rows_per_block = 1) {
   return dim3(static_cast<unsigned>((block.rows + rows_per_block - 1) / rows_per_block),
               static_cast<unsigned>(block.streams));
+}
+
+// Blocks for one thread each of `threads` per stream.
+inline dim3 blocks_of(int64_t threads, int streams) {
+  return dim3(static_cast<unsigned>((threads + kMaxThreads - 1) / kMaxThreads),
+              static_cast<unsigned>(streams));
 }
 
 // Whole warps, and no more than have a pack to do.

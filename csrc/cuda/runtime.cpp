@@ -58,9 +58,35 @@ Path measured_path(int capability, CacheType type, int64_t rows) {
   return path;
 }
 
-Tensor matrices(const void* data, std::array<int64_t, 3> sizes, std::array<int64_t, 3> strides,
-                torch::stable::Device device, ScalarType type) {
-  return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, device, type);
+Tensor matrices(const Strided& m, int64_t streams, int64_t rows, int64_t cols,
+                torch::stable::Device device) {
+  const std::array<int64_t, 3> sizes{streams, rows, cols};
+  const std::array<int64_t, 3> strides{m.stream_stride, m.row_stride, m.column_stride};
+  return torch::stable::from_blob(m.data, sizes, strides, device, m.type);
+}
+
+// `bmm.dtype_out`, which torch has on GPUs alone, where out's dtype is another.
+void batch_multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  using torch::stable::detail::from;
+  if (out.scalar_type() == a.scalar_type()) {
+    std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // `out` again, a reference of its own
+    return;
+  }
+#ifdef C2C_EMULATE
+  const auto widened = [&](const Tensor& x) {
+    Tensor wide = torch::stable::empty(x.sizes(), out.scalar_type(), std::nullopt, x.device());
+    return torch::stable::copy_(wide, x);
+  };
+  batch_multiply(widened(a), widened(b), out);
+#else
+  std::array<StableIValue, 4> stack{from(a), from(b), from(out.scalar_type()), from(out)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::bmm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+#endif
 }
 
 }  // namespace
@@ -125,21 +151,20 @@ Tensor Device::scratch(int64_t bytes) const {
   return torch::stable::empty(size, ScalarType::Byte, std::nullopt, device_);
 }
 
+void Device::multiply(int64_t streams, int64_t rows, int64_t cols, int64_t depth,
+                      const Strided& out, const Strided& a, const Strided& b) const {
+  batch_multiply(matrices(a, streams, rows, depth, device_),
+                 matrices(b, streams, depth, cols, device_),
+                 matrices(out, streams, rows, cols, device_));
+}
+
 void Device::multiply(ScalarType type, const Block& block, const Matrices& out, int64_t cols,
                       const Matrices& x, int64_t depth, const void* weight) const {
-  const int64_t g = block.streams, rows = block.rows;
-  const Tensor to =
-      matrices(out.data, {g, rows, cols}, {out.stream_stride, out.row_stride, 1}, device_, type);
-  const Tensor input =
-      matrices(x.data, {g, rows, depth}, {x.stream_stride, x.row_stride, 1}, device_, type);
-  const Tensor transposed =
-      matrices(weight, {g, depth, cols}, {cols * depth, 1, depth}, device_, type);
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(input),
-                                    torch::stable::detail::from(transposed),
-                                    torch::stable::detail::from(to)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // `to` again, a reference of its own
+  const auto strided = [&](const Matrices& m) {
+    return Strided{m.data, m.stream_stride, m.row_stride, 1, type};
+  };
+  const Strided transposed{const_cast<void*>(weight), cols * depth, 1, depth, type};
+  multiply(block.streams, block.rows, cols, depth, strided(out), strided(x), transposed);
 }
 
 Path chosen_path(const Device& device, CacheType type, int64_t rows) {

@@ -12,6 +12,13 @@
 
 namespace c2c::cuda {
 
+// Matrices [streams, rows, cols] of a product.
+struct Strided {
+  void* data;
+  int64_t stream_stride, row_stride, column_stride;  // in elements of `type`
+  torch::headeronly::ScalarType type;
+};
+
 // Makes a tensor's GPU the current one until it is destroyed, and knows torch's stream there.
 class Device {
  public:
@@ -31,8 +38,15 @@ class Device {
   // Uninitialised, from torch's allocator: belongs to the current stream.
   torch::stable::Tensor scratch(int64_t bytes) const;
 
-  // out[g] = x[g] @ weight[g]^T by torch's bmm, in the caches' dtype; float32 is true float32
-  // unless the user allowed torch TF32.
+  const torch::stable::Device& device() const { return device_; }
+
+  // out[g] = a[g] @ b[g] by torch's bmm, [rows, cols] = [rows, depth] @ [depth, cols]; float32 is
+  // true float32 unless the user allowed torch TF32. a and b are of one dtype; out too, or float32
+  // where they have 16 bits.
+  void multiply(int64_t streams, int64_t rows, int64_t cols, int64_t depth, const Strided& out,
+                const Strided& a, const Strided& b) const;
+
+  // out[g] = x[g] @ weight[g]^T, in the caches' dtype.
   void multiply(torch::headeronly::ScalarType type, const Block& block, const Matrices& out,
                 int64_t cols,                      // [streams, rows, cols]
                 const Matrices& x, int64_t depth,  // [streams, rows, depth]
