@@ -1,4 +1,4 @@
-"""c2c_emulated::fuse_: the CUDA kernels run by the CPU, built from the checkout for the tests.
+"""torch.ops.c2c_emulated: the CUDA kernels run by the CPU, built from the checkout for the tests.
 
 C2C_EMULATED_LIBRARY names a library to load in place of building one (sanitizers, mutants).
 """
@@ -45,7 +45,7 @@ def build() -> Path:
 
 @functools.cache
 def load() -> Path:
-    """Registers ``torch.ops.c2c_emulated.fuse_``; returns the library."""
+    """Registers ``torch.ops.c2c_emulated``; returns the library."""
     given = os.environ.get("C2C_EMULATED_LIBRARY")
     library = Path(given) if given else build()
     torch.ops.load_library(library)

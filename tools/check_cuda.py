@@ -4,7 +4,7 @@ usage: python tools/check_cuda.py [--output FILE.json] [--no-library]
 
 Needs nvcc, and a Python with torch, pybind11, cmake and ninja; any torch will do. Writes the table
 beside the JSON file as .md. Fails if a kernel spills registers, or if the library, built against
-this torch, does not register its kernel.
+this torch, does not register its ops.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def write(output: Path, nvcc: str, rows: list[dict[str, Any]]) -> None:
 
 
 def check_library() -> None:
-    """Builds the library against this Python's torch, GPU or not, and has it register its op."""
+    """Builds the library against this Python's torch, GPU or not, and has it register its ops."""
     build = ROOT / "build" / "check_cuda"
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
     configure = ["-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DC2C_EXT_CUDA=1"]
@@ -163,10 +163,11 @@ def check_library() -> None:
     code = f"""
 import torch
 torch.ops.load_library({str(build / "libc2c_ext.so")!r})
-has = lambda: torch._C._dispatch_has_kernel_for_dispatch_key("c2c::fuse_", "CUDA")
-assert not has(), "the check cannot fail"
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+ops = ("c2c::fuse_", "c2c::fuse", "c2c::fuse_backward")
+assert not any(has(op, "CUDA") for op in ops), "the check cannot fail"
 torch.ops.load_library({str(build / "libc2c_ext_cuda.so")!r})
-assert has(), "no CUDA kernel was registered"
+assert all(has(op, "CUDA") for op in ops), "a CUDA op was not registered"
 print("libc2c_ext_cuda.so: registered beside torch", torch.__version__)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -91,14 +91,14 @@ for order in forward reverse; do
 done
 
 cmake --build "$build/cmake" --parallel "${MAX_JOBS:-2}" --target c2c_ext_emulated
-export C2C_EMULATED_LIBRARY=$build/module/libc2c_ext_emulated.so  # for test_cuda_emulated.py, test_cuda_fused_emulated.py
+export C2C_EMULATED_LIBRARY=$build/module/libc2c_ext_emulated.so  # for test_cuda_*emulated.py
 
 # ---- the tests ---------------------------------------------------------------------------------
 if [ $# -eq 0 ]; then
   # Not what runs no code of ours, or the same code again through torch's slow compilers.
   set -- -k "not (grad or dropout or opcheck or compiled or transform)"
   for name in op op_refusals op_dispatch variants fuse fuse_refusals fuzz instruction_sets stages \
-    cuda_emulated cuda_fused_emulated; do
+    cuda_emulated cuda_fused_emulated cuda_train_emulated; do
     set -- "$@" "python_tests/test_$name.py"
   done
 fi

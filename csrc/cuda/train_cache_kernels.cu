@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       const T projection = widen(values.x[k]) + biases.x[k];
       const T t = widen(before.x[k]);
       narrow(integrate_gated<kIntegration>(t, gate, weight, projection), &fused.x[k]);
+      if (gate == T(0)) fused.x[k] = before.x[k];  // whatever the projection is
     }
     store(fused, out.at(i));
   });
@@ -119,7 +120,9 @@ __global__ void __launch_bounds__(kMaxThreads)
     C* d_head = d_base.head(head);
     const T gate = gate_of<T>(weighted.gate, place, head);
     const T weight = weight_of(logits, head_bias, head);
-    const T factor = gate * weight, direct = base_slope<kIntegration>(gate, weight);
+    const bool closed = gate == T(0);  // nothing comes through, not even NaN
+    const T factor = gate * weight;
+    const T direct = closed ? T(1) : base_slope<kIntegration>(gate, weight);
     T sums[2] = {};  // of o V, and, where it counts by itself, of o t
     for_columns<kPack<C>>(dim, packed, lane, kWarp, [&](int64_t i, auto count) {
       constexpr int kCount = decltype(count)::value;
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         if constexpr (kIntegration == Integration::kInterpolation) value -= t_k;
         sums[0] += o_k * value;
         if constexpr (kIntegration == Integration::kReplacement) sums[1] += o_k * t_k;
-        narrow(factor * o_k, &d_projected.x[k]);
+        narrow(closed ? T(0) : factor * o_k, &d_projected.x[k]);
         narrow(direct * o_k, &d_t.x[k]);
       }
       store(d_projected, dp + first + i);
@@ -143,7 +146,8 @@ __global__ void __launch_bounds__(kMaxThreads)
     const T with_values = warp_sum(sums[0]);
     const T with_base = kIntegration == Integration::kReplacement ? warp_sum(sums[1]) : T(0);
     if (lane != 0) continue;
-    if (d_logits != nullptr) narrow(factor * (T(1) - weight) * with_values, &d_logits[head]);
+    const T slope = closed ? T(0) : factor * (T(1) - weight) * with_values;
+    if (d_logits != nullptr) narrow(slope, &d_logits[head]);
     set_gate_gradient(gradients.gate, tokens, place, heads, head, weight * with_values - with_base);
   }
 }
