@@ -12,17 +12,16 @@ import numpy as np
 import pytest
 import torch
 import train_calls
-from conftest import (
-    assert_as_good_as_plain,
-    flat,
-    make_caches,
-    make_config,
-    make_fuser,
-    relative_error,
-    same_bits,
-)
+from conftest import flat, relative_error, same_bits
 from golden_data import KINDS, TRAIN_FILES
-from train_calls import INPUTS, Step, cotangents, random_gates, through_reference
+from train_calls import (
+    INPUTS,
+    Step,
+    assert_same_bits,
+    assert_step,
+    made,
+    through_reference,
+)
 from variants import COMPILED
 
 from c2c_ext import reference
@@ -69,50 +68,9 @@ def order(request, monkeypatch) -> str:
     return request.param
 
 
-def made(dtype=torch.float64, batch=2, tokens=5, sharer_tokens=None, gates=None, **changes) -> Step:
-    """A random step; parameters are float32 masters of anything but float64 caches."""
-    fuser = make_fuser(make_config(**changes))
-    if dtype == torch.float64:
-        fuser.double()
-    base, sharer = make_caches(fuser.config, batch, tokens, sharer_tokens, dtype)
-    step = Step(fuser, base, sharer, cotangents(base))
-    if gates is not None and fuser.config.gate:
-        step.gates = random_gates(fuser, base, gates)
-    return step
-
-
 def run(step: Step, **keywords):
     emulated.load()
     return train_calls.through_op(torch.ops.c2c_emulated, step, **keywords)
-
-
-def assert_step(step: Step, ours) -> None:
-    """Outputs and gradients equal those of autograd through the reference."""
-    truth = through_reference(step.in_float64())
-    dtype = step.base[0][0].dtype
-    assert ours[1].keys() == truth[1].keys()
-    if dtype == torch.float64:
-        for x, t in zip(flat(ours[0]), flat(truth[0]), strict=True):
-            assert relative_error(x, t) <= 1e-12
-        for name, t in truth[1].items():
-            assert relative_error(ours[1][name], t) <= 1e-11, name
-        return
-    draws = train_calls.plain_draws(step)
-    for i, (x, t) in enumerate(zip(flat(ours[0]), flat(truth[0]), strict=True)):
-        assert_as_good_as_plain(x, [flat(fused)[i] for fused, _ in draws], t)
-    for name, t in truth[1].items():
-        plain = [gradients[name] for _, gradients in draws]
-        assert ours[1][name].dtype == plain[0].dtype, name
-        # Gradients of float32 masters have the errors of the caches' dtype.
-        narrow = [x.to(dtype) for x in (ours[1][name], *plain)]
-        assert_as_good_as_plain(narrow[0], narrow[1:], t, name)
-
-
-def assert_same_bits(a, b) -> None:
-    assert all(map(same_bits, flat(a[0]), flat(b[0])))
-    assert a[1].keys() == b[1].keys()
-    for name in a[1]:
-        assert same_bits(a[1][name], b[1][name]), name
 
 
 # ---- numbers ------------------------------------------------------------------------------------

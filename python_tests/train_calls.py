@@ -7,7 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from conftest import KVPairs, cast, clone, flat, reorder_hidden
+from conftest import (
+    KVPairs,
+    assert_as_good_as_plain,
+    cast,
+    clone,
+    flat,
+    make_caches,
+    make_config,
+    make_fuser,
+    relative_error,
+    reorder_hidden,
+    same_bits,
+)
 from torch import Tensor
 
 from c2c_ext import Fuser, reference
@@ -34,6 +46,22 @@ class Step:
     dropout: float = 0.0
     seed: int = 0
     offset: int = 0
+
+    def to(self, device: torch.device) -> Step:
+        """The same on another device."""
+
+        def moved(pairs: KVPairs) -> KVPairs:
+            return [(key.to(device), value.to(device)) for key, value in pairs]
+
+        return replace(
+            self,
+            fuser=copy.deepcopy(self.fuser).to(device),
+            base=moved(self.base),
+            sharer=moved(self.sharer),
+            cotangents=moved(self.cotangents),
+            token_map=None if self.token_map is None else self.token_map.to(device),
+            gates=None if self.gates is None else [g.to(device) for g in self.gates],
+        )
 
     def in_float64(self) -> Step:
         """The same numbers."""
@@ -199,3 +227,52 @@ def plain_draws(step: Step, orders: int = 3) -> list[tuple[KVPairs, dict[str, Te
             gradients[at] = gradient.index_select(dim, back.to(gradient.device))
         draws.append((fused, gradients))
     return draws
+
+
+def made(
+    dtype: torch.dtype = torch.float64,
+    batch: int = 2,
+    tokens: int = 5,
+    sharer_tokens: int | None = None,
+    gates: str | None = None,
+    **changes: object,
+) -> Step:
+    """A random step; parameters are float32 masters of anything but float64 caches."""
+    fuser = make_fuser(make_config(**changes))
+    if dtype == torch.float64:
+        fuser.double()
+    base, sharer = make_caches(fuser.config, batch, tokens, sharer_tokens, dtype)
+    step = Step(fuser, base, sharer, cotangents(base))
+    if gates is not None and fuser.config.gate:
+        step.gates = random_gates(fuser, base, gates)
+    return step
+
+
+def assert_step(step: Step, ours: tuple[KVPairs, dict[str, Tensor]]) -> None:
+    """Outputs and gradients equal those of autograd through the reference."""
+    truth = through_reference(step.in_float64())
+    dtype = step.base[0][0].dtype
+    assert ours[1].keys() == truth[1].keys()
+    if dtype == torch.float64:
+        for x, t in zip(flat(ours[0]), flat(truth[0]), strict=True):
+            assert relative_error(x, t) <= 1e-12
+        for name, t in truth[1].items():
+            assert relative_error(ours[1][name], t) <= 1e-11, name
+        return
+    draws = plain_draws(step)
+    for i, (x, t) in enumerate(zip(flat(ours[0]), flat(truth[0]), strict=True)):
+        assert_as_good_as_plain(x, [flat(fused)[i] for fused, _ in draws], t)
+    for name, t in truth[1].items():
+        plain = [gradients[name] for _, gradients in draws]
+        assert ours[1][name].dtype == plain[0].dtype, name
+        # Gradients of float32 masters have the errors of the caches' dtype.
+        narrow = [x.to(dtype) for x in (ours[1][name], *plain)]
+        assert_as_good_as_plain(narrow[0], narrow[1:], t, name)
+
+
+def assert_same_bits(a: tuple[KVPairs, dict], b: tuple[KVPairs, dict]) -> None:
+    """Outputs and gradients of two runs."""
+    assert all(map(same_bits, flat(a[0]), flat(b[0])))
+    assert a[1].keys() == b[1].keys()
+    for name in a[1]:
+        assert same_bits(a[1][name], b[1][name]), name
