@@ -181,13 +181,15 @@ __global__ void __launch_bounds__(kMaxThreads)
   });
 }
 
-// Thread i of a batch row looks for the smallest n from `from` on whose source is `wanted`: for
-// i < sharer tokens the first reader of token i, else the reader after token i - sharer tokens.
-__global__ void __launch_bounds__(kMaxThreads) readers_kernel(Tokens tokens, Readers readers) {
+// Thread i of a batch row's `blocks` looks for the smallest n from `from` on whose source is
+// `wanted`: for i < sharer tokens the first reader of token i, else the reader after token
+// i - sharer tokens.
+__global__ void __launch_bounds__(kMaxThreads)
+    readers_kernel(Tokens tokens, unsigned blocks, Readers readers) {
   __shared__ int64_t sources[kMaxThreads];
   const int64_t count = tokens.tokens, targets = tokens.sharer_tokens;
-  const int64_t batch = blockIdx.y, first_row = batch * count;
-  const int64_t block_start = int64_t{blockIdx.x} * kMaxThreads;
+  const int64_t batch = blockIdx.x / blocks, first_row = batch * count;
+  const int64_t block_start = int64_t{blockIdx.x % blocks} * kMaxThreads;
   const int64_t i = block_start + threadIdx.x;
   int64_t wanted = -1, from = 0;
   if (i < targets) {
@@ -298,9 +300,9 @@ void launch_add_base(CacheType type, const Block& block, const Contiguous& cache
 }
 
 void launch_readers(const Tokens& tokens, const Readers& readers, cudaStream_t stream) {
-  launch("readers", &readers_kernel,
-         blocks_of(tokens.sharer_tokens + tokens.tokens, static_cast<int>(tokens.batch)),
-         dim3(kMaxThreads), 0, stream, tokens, readers);
+  const unsigned blocks = blocks_of(tokens.sharer_tokens + tokens.tokens, 1).x;
+  const dim3 grid(static_cast<unsigned>(tokens.batch * blocks));
+  launch("readers", &readers_kernel, grid, dim3(kMaxThreads), 0, stream, tokens, blocks, readers);
 }
 
 void launch_scatter_sharer(CacheType type, int streams, const Contiguous& caches, HeadShape sharer,
