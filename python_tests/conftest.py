@@ -28,7 +28,7 @@ if not (Path(__file__).parent.parent / "csrc").exists():
     collect_ignore.append("test_cuda_resources.py")
     if "C2C_EMULATED_LIBRARY" not in os.environ:
         collect_ignore += ["test_cuda_emulated.py", "test_cuda_fused_emulated.py"]
-        collect_ignore += ["test_cuda_train_emulated.py"]
+        collect_ignore += ["test_cuda_train_emulated.py", "test_cuda_train_dropout_emulated.py"]
 
 KVPairs = list[tuple[Tensor, Tensor]]
 Shape = tuple[int, int]  # (heads, head dim)

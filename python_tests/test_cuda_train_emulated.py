@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 
 import emulated
 import golden_data
-import numpy as np
 import pytest
 import torch
 import train_calls
@@ -328,116 +326,6 @@ def test_empty_is_accepted(batch, tokens, with_map, recompute):
     truth = through_reference(step)[1]
     for name, gradient in gradients.items():
         assert gradient.shape == truth[name].shape and not gradient.any(), name
-
-
-# ---- dropout ------------------------------------------------------------------------------------
-
-
-def philox(seed: int, offset: int, groups: np.ndarray) -> np.ndarray:
-    """Philox4x32-10 (Salmon et al. 2011) of counters [group, offset]: ``[..., 4]`` words."""
-    mask = np.uint64(0xFFFFFFFF)
-    shift = np.uint64(32)
-    counter = [groups & mask, groups >> shift]
-    counter += [np.full_like(groups, offset & 0xFFFFFFFF), np.full_like(groups, offset >> 32)]
-    keys = [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(10):
-        a, b = (
-            np.uint64(factor) * word
-            for factor, word in ((0xD2511F53, counter[0]), (0xCD9E8D57, counter[2]))
-        )
-        counter = [
-            (b >> shift) ^ counter[1] ^ np.uint64(keys[0]),
-            b & mask,
-            (a >> shift) ^ counter[3] ^ np.uint64(keys[1]),
-            a & mask,
-        ]
-        keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return np.stack(counter, -1)
-
-
-def test_philox_is_the_published_one():
-    """Known answers of the authors' Random123."""
-    assert [f"{w:08x}" for w in philox(0, 0, np.zeros(1, np.uint64))[0]] == [
-        *("6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8")
-    ]
-    ones = 2**64 - 1
-    assert [f"{w:08x}" for w in philox(ones, ones, np.full(1, ones, np.uint64))[0]] == [
-        *("408f276d", "41c83b0e", "a20bc7c6", "6d5451fd")
-    ]
-
-
-def kept(step: Step, streams: int, block: int) -> torch.Tensor:
-    """Which elements ``[streams, rows, hidden]`` of a block's output dropout keeps."""
-    batch, _, tokens, _ = step.base[0][0].shape
-    hidden, rows = step.fuser.config.hidden_size, batch * tokens
-    per_row = -(-hidden // 4)
-    groups = np.arange(streams * rows * per_row, dtype=np.uint64)
-    groups += np.uint64(block * streams * rows * per_row)
-    words = philox(step.seed, step.offset, groups).reshape(streams, rows, 4 * per_row)
-    return torch.from_numpy(words[:, :, :hidden] >= int(step.dropout * 2**32))
-
-
-@pytest.fixture
-def counted_dropout(monkeypatch):
-    """Has the reference drop what the op drops; set to a step."""
-    state = {}
-
-    def feed_forward(z, w, activation, dropout=0.0):
-        stream, block = divmod(state["calls"], state["blocks"])
-        state["calls"] += 1
-        mask = kept(state["step"], state["streams"], block)[stream].view(z.shape)
-        plain = state["own"](z, w, activation) - z
-        return z + mask * plain / (1 - state["step"].dropout)
-
-    def use(step: Step) -> None:
-        config = step.fuser.config
-        streams = len(step.fuser.groups[0].in_bias)
-        blocks = config.depth - 1 + config.weighting
-        state.update(step=step, streams=streams, blocks=blocks, calls=0)
-
-    state["own"] = reference.feed_forward
-    monkeypatch.setattr(reference, "feed_forward", feed_forward)
-    return use
-
-
-@pytest.mark.parametrize("hidden", [16, 23])
-@pytest.mark.parametrize("changes", [{}, {"depth": 4}, {"weighting": False}], ids=str)
-@pytest.mark.parametrize("recompute", [False, True])
-def test_dropout_is_philox_by_seed_and_place(hidden, changes, recompute, counted_dropout, order):
-    step = made(gates="h", hidden_size=hidden, **changes)
-    step.dropout, step.seed, step.offset = 0.3, 2**63 - 5, 2**40 + 3
-    ours = run(step, recompute=recompute)
-    counted_dropout(step)
-    assert_step(step, ours)
-
-
-@pytest.mark.parametrize("hidden", [16, 18, 23])
-def test_dropout_keeps_the_same_in_every_dtype(hidden):
-    """A block's z is what it was where its output was dropped: seen in what the forward saves."""
-    masks = []
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        step = made(dtype, hidden_size=hidden)
-        step.dropout, step.seed = 0.5, 7
-        emulated.load()
-        _, saved = torch.ops.c2c_emulated.fuse(*train_calls.arguments(step, 0).values())
-        z = saved[:3]
-        for before, after in itertools.pairwise(z):
-            # In half precision an output may be too small to change z, but rarely.
-            masks.append((before != after).view(-1))
-    first = [m for i, m in enumerate(masks) if i % 2 == 0]
-    assert (first[0] == kept(step, 4, 0).view(-1)).all()
-    for mask in first[1:]:
-        assert (mask & ~first[0]).sum() == 0 and (mask != first[0]).float().mean() < 0.05
-
-
-def test_other_seed_or_offset_drops_other_elements():
-    runs = []
-    for seed, offset in ((0, 0), (1, 0), (0, 1)):
-        step = made()
-        step.dropout, step.seed, step.offset = 0.5, seed, offset
-        runs.append(flat(run(step)[0]))
-    for i in range(3):
-        assert not all(map(same_bits, runs[i], runs[i - 1]))
 
 
 # ---- what is computed, kept and repeated --------------------------------------------------------

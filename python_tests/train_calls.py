@@ -13,6 +13,8 @@ from conftest import (
     cast,
     clone,
     flat,
+    hidden_dim,
+    hidden_order,
     make_caches,
     make_config,
     make_fuser,
@@ -217,14 +219,11 @@ def plain_draws(step: Step, orders: int = 3) -> list[tuple[KVPairs, dict[str, Te
     for seed in range(orders):
         fuser = reorder_hidden(step.fuser, seed)
         fused, gradients = through_reference(replace(step, fuser=fuser))
-        generator = torch.Generator().manual_seed(seed)
-        back = torch.randperm(fuser.config.hidden_size, generator=generator).argsort()
+        back = hidden_order(step.fuser, seed).argsort()
         for at, gradient in gradients.items():
             name = at.partition(".")[0]
-            if name in ("base", "sharer", "gate", "out_bias", "head_bias"):
-                continue
-            dim = -2 if name == "in_weight" or name.endswith("_w2") else -1
-            gradients[at] = gradient.index_select(dim, back.to(gradient.device))
+            if name in PARAMETERS and (dim := hidden_dim(name)) is not None:
+                gradients[at] = gradient.index_select(dim, back.to(gradient.device))
         draws.append((fused, gradients))
     return draws
 

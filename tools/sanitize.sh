@@ -94,12 +94,16 @@ cmake --build "$build/cmake" --parallel "${MAX_JOBS:-2}" --target c2c_ext_emulat
 export C2C_EMULATED_LIBRARY=$build/module/libc2c_ext_emulated.so  # for test_cuda_*emulated.py
 
 # ---- the tests ---------------------------------------------------------------------------------
+run_tests() { # pytest argument...
+  sanitized "log_path=$reports/report" "$python" -m pytest -q -p no:cacheprovider "$@"
+}
 if [ $# -eq 0 ]; then
+  run_tests python_tests/test_cuda_train_emulated.py python_tests/test_cuda_train_dropout_emulated.py
   # Not what runs no code of ours, or the same code again through torch's slow compilers.
   set -- -k "not (grad or dropout or opcheck or compiled or transform)"
   for name in op op_refusals op_dispatch variants fuse fuse_refusals fuzz instruction_sets stages \
-    cuda_emulated cuda_fused_emulated cuda_train_emulated; do
+    cuda_emulated cuda_fused_emulated; do
     set -- "$@" "python_tests/test_$name.py"
   done
 fi
-sanitized "log_path=$reports/report" "$python" -m pytest -q -p no:cacheprovider "$@"
+run_tests "$@"

@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 // Thread i of a batch row's `blocks` looks for the smallest n from `from` on whose source is
 // `wanted`: for i < sharer tokens the first reader of token i, else the reader after token
-// i - sharer tokens.
+// i - sharer tokens (what is found for a token that stays is never read).
 __global__ void __launch_bounds__(kMaxThreads)
     readers_kernel(Tokens tokens, unsigned blocks, Readers readers) {
   __shared__ int64_t sources[kMaxThreads];
@@ -191,31 +191,27 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t batch = blockIdx.x / blocks, first_row = batch * count;
   const int64_t block_start = int64_t{blockIdx.x % blocks} * kMaxThreads;
   const int64_t i = block_start + threadIdx.x;
-  int64_t wanted = -1, from = 0;
-  if (i < targets) {
-    wanted = i;
-  } else if (i < targets + count) {
+  const bool is_first = i < targets, is_next = !is_first && i < targets + count;
+  int64_t wanted = i, from = 0;
+  if (is_next) {
     wanted = place_of(tokens, first_row + i - targets).source;
     from = i - targets + 1;
   }
   int64_t found = count;
   // Nobody in the block looks before this token.
-  const int64_t start = block_start > targets ? block_start - targets : 0;
+  const int64_t start = block_start < targets ? 0 : block_start - targets;
   for (int64_t tile = start; tile < count; tile += kMaxThreads) {
     const int64_t own = tile + threadIdx.x;
     sources[threadIdx.x] = own < count ? place_of(tokens, first_row + own).source : -1;
     __syncthreads();
     for (int k = 0; k < kMaxThreads; ++k) {
       const int64_t n = tile + k;
-      if (found == count && wanted >= 0 && n >= from && sources[k] == wanted) found = n;
+      if (found == count && n >= from && sources[k] == wanted) found = n;
     }
     __syncthreads();
   }
-  if (i < targets) {
-    readers.first[batch * targets + i] = found;
-  } else if (i < targets + count) {
-    readers.next[first_row + i - targets] = found;
-  }
+  if (is_first) readers.first[batch * targets + i] = found;
+  if (is_next) readers.next[first_row + i - targets] = found;
 }
 
 // A block per sharer token.
