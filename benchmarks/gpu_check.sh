@@ -2,11 +2,12 @@
 # Everything that needs a GPU, in ten minutes: builds offline, runs the CUDA tests, compute-sanitizer
 # on small shapes, then the benchmarks. Leaves its results in DIRECTORY.
 # usage: benchmarks/gpu_check.sh [--python PYTHON] [--out DIRECTORY] [--seconds S] [--commit C] [PART...]
-#        PART: build tests sanitizer fuse generate stages compiled dtypes batches
+#        PART: build hopper tests sanitizer fuse generate stages compiled dtypes batches
 #              bench (all from fuse on); default: all of them, in this order, until S (600) are over
 # A part after build uses what an earlier run has built. PYTHON (default python3) has torch with
 # CUDA, pytest, hypothesis, pybind11, cmake and ninja; nothing is fetched. C, 40 digits and perhaps
 # -dirty, is what a copy of a checkout without its .git was made of: the results name it.
+#   hopper    the hopper path's products against plain loops, and their times
 #   fuse      every path, bf16, 1 to 8192 tokens, all gates and half     -> fuse_cuda_bf16.json
 #   generate  C2C against the receiver alone and T2T, every overlap      -> generate_cuda.json
 #   stages    kernel by kernel                                           -> kernels_cuda.json
@@ -23,21 +24,21 @@ while [ $# -gt 0 ]; do
     --out) out=$2 && shift 2 ;;
     --seconds) budget=$2 && shift 2 ;;
     --commit) export C2C_EXT_COMMIT=$2 && shift 2 ;;
-    build | tests | sanitizer) parts+=("$1") && shift ;;
+    build | hopper | tests | sanitizer) parts+=("$1") && shift ;;
     bench) parts+=("${bench[@]}") && shift ;;
     *)
       if [[ " ${bench[*]} " == *" $1 "* ]]; then
         parts+=("$1") && shift
       else
-        sed -n '2,16s/^# //p' "$0" >&2 && exit 2
+        sed -n '2,17s/^# //p' "$0" >&2 && exit 2
       fi
       ;;
   esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(build tests sanitizer "${bench[@]}")
+[ ${#parts[@]} -gt 0 ] || parts=(build hopper tests sanitizer "${bench[@]}")
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-export PYTHONPATH=$PWD
+export PYTHONPATH=$PWD python out
 failed=0
 
 part() { # name, seconds at most, command: its output into a file, one line here
@@ -63,6 +64,7 @@ fusions() { # name of part and file, seconds at most, options
     --output "$out/$name.json" "$@"
 }
 
+# Parts of several commands; `timeout` runs them in a shell of their own.
 build() {
   local cmake_build=build/gpu_check/cmake
   cmake -S . -B "$cmake_build" -G Ninja -DC2C_EXT_CUDA=1 \
@@ -71,30 +73,51 @@ build() {
     cmake --install "$cmake_build" --prefix c2c_ext &&
     "$python" -m c2c_ext.cli info
 }
+hopper() {
+  "$python" -c 'import sys, torch; sys.exit(torch.cuda.get_device_capability() != (9, 0))' ||
+    { echo "left out: not a GPU of compute capability 9.0" && return; }
+  nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o "$out/hopper_selfcheck" \
+    benchmarks/hopper_selfcheck.cu csrc/cuda/hopper_gemm.cu && "$out/hopper_selfcheck"
+}
+export -f build hopper
 
 # Small enough that a checker's hundredfold slowdown stays within minutes; every kernel runs.
 cat >"$out/small.py" <<'PYTHON'
-import sys
+import os, sys
 sys.path.insert(0, "python_tests")
 import torch
 from conftest import make_caches, make_config, make_fuser, run_op
 token_map = torch.tensor([[3, -1, 0, 2, 8], [1, 1, -1, 5, 4]], device="cuda")
-for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-    for changes in (
-        {},
-        {"depth": 5, "hidden_size": 12, "activation": "silu", "integration": "interpolation"},
-        {"hidden_size": 264, "activation": "relu", "integration": "replacement"},
-        {"weighting": False},
-    ):
-        fuser = make_fuser(make_config(**changes), device="cuda")
-        base, sharer = make_caches(fuser.config, 2, 5, 8, dtype, "cuda")
-        run_op(fuser, base, sharer, token_map, accumulate=changes == {})
+variants = (
+    {},
+    {"depth": 5, "hidden_size": 12, "activation": "silu", "integration": "interpolation"},
+    {"hidden_size": 264, "activation": "relu", "integration": "replacement"},
+    {"weighting": False},
+)
+wide = make_config(  # what the hopper path runs, too
+    ((2, 64),), ((1, 32),), (0,), hidden_size=128, intermediate_size=128, depth=5
+)
+paths = ["plain", "fused"] + ["hopper"] * (torch.cuda.get_device_capability() == (9, 0))
+for path in paths:
+    os.environ["C2C_EXT_CUDA_PATH"] = path
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if path != "plain" and dtype.itemsize > 2:
+            continue
+        for changes in variants:
+            fuser = make_fuser(make_config(**changes), device="cuda")
+            base, sharer = make_caches(fuser.config, 2, 5, 8, dtype, "cuda")
+            run_op(fuser, base, sharer, token_map, accumulate=changes == {})
+        for rows in (9, 17, 33, 100, 150, 200):  # every tile of the fused path
+            fuser = make_fuser(wide, device="cuda")
+            base, sharer = make_caches(wide, 1, rows, rows, dtype, "cuda")
+            run_op(fuser, base, sharer, accumulate=rows == 9)
 torch.cuda.synchronize()
 PYTHON
 
 for name in "${parts[@]}"; do
   case $name in
-    build) part build 300 build ;;
+    build) part build 300 bash -c build ;;
+    hopper) part hopper 120 bash -c hopper ;;
     tests)
       part tests 240 "$python" -m pytest -q -p no:cacheprovider python_tests/test_cuda.py \
         python_tests/test_op.py python_tests/test_cuda_library.py

@@ -125,13 +125,13 @@ struct Barrier {
 
 // copy_slices and multiply_slices of hopper_gemm.cuh, with copies that land, and warps that run, in
 // random order.
-void run_barriers(int slices, std::mt19937& random) {
+void run_barriers(int slices, int rows, std::mt19937& random) {
   std::vector<Barrier> full(kStages, Barrier(kFullArrivals));
-  std::vector<Barrier> empty(kStages, Barrier(kEmptyArrivals));
-  std::vector<int> content(kStages, -1), readers(kStages, 0);  // warps that still read a stage
-  std::vector<int> flying;                                     // slices on their way
-  int copied = 0;                                              // slices whose copy was started
-  std::vector<int> warps(kConsumerThreads / 32, 0);            // the next slice of each
+  std::vector<Barrier> empty(kStages, Barrier(empty_arrivals(rows)));
+  std::vector<int> content(kStages, -1), readers(kStages, 0);       // warps that still read a stage
+  std::vector<int> flying;                                          // slices on their way
+  int copied = 0;                                                   // slices whose copy was started
+  std::vector<int> warps(consumers_of(rows) * kWarpgroup / 32, 0);  // the next slice of each
   for (;;) {
     std::vector<std::pair<int, int>> possible;  // actor, index
     if (copied < slices && empty[stage_of(copied)].passes(empty_parity(copied))) {
@@ -178,7 +178,13 @@ void run_barriers(int slices, std::mt19937& random) {
 void check_barriers() {
   std::mt19937 random(1);
   for (int slices = 1; slices <= 6 * kStages + 1; ++slices) {
-    for (int repeat = 0; repeat < 200; ++repeat) run_barriers(slices, random);
+    for (int repeat = 0; repeat < 200; ++repeat) {
+      run_barriers(slices, kTileRows, random);
+      run_barriers(slices, 1, random);
+    }
+  }
+  for (const auto& [rows, consumers] : {std::pair{1, 1}, {64, 1}, {65, 2}, {128, 2}, {1000, 2}}) {
+    require(consumers_of(rows) == consumers, "warpgroups that have rows", rows, consumers);
   }
   require(slices_of(64) == 1 && slices_of(65) == 2 && slices_of(1152) == 18, "slices of a depth");
 }

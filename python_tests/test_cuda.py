@@ -79,6 +79,29 @@ def test_golden_float64_equals_truth(gpu, name, j):
         assert max_abs(ours.cpu() - truth) <= 1e-13 * max_abs(truth), kind
 
 
+# The last row of a tile and the first of the next, for every tile of both paths.
+@pytest.mark.parametrize("tokens", [1, 16, 17, 32, 33, 64, 65, 128, 129, 192, 193, 300])
+@pytest.mark.parametrize("path", ["fused", "hopper"])
+def test_paths_with_products_of_our_own(gpu, path, tokens, dtype, monkeypatch):
+    if path == "hopper" and torch.cuda.get_device_capability(gpu) != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    if dtype.itemsize > 2:
+        pytest.skip("the path is for 16 bits")
+    config = make_config(
+        ((4, 64), (4, 64)), ((3, 64),), (0, 0), hidden_size=256, intermediate_size=384, depth=5
+    )
+    fuser = make_fuser(config, device=gpu)
+    base, sharer = make_caches(config, 1, tokens, tokens, dtype, gpu)
+    monkeypatch.setenv("C2C_EXT_CUDA_PATH", "plain")
+    plain = flat(run_op(fuser, base, sharer))
+    monkeypatch.setenv("C2C_EXT_CUDA_PATH", path)
+    ours = run_op(fuser, base, sharer)
+    assert_fused(fuser, base, sharer, ours)
+    assert not all(map(same_bits, flat(ours), plain))  # which rounds more often
+    for _ in range(3):
+        assert all(map(same_bits, flat(run_op(fuser, base, sharer)), flat(ours)))
+
+
 def test_float32_is_not_tf32(gpu):
     assert not torch.backends.cuda.matmul.allow_tf32
     fuser, base, sharer = made(gpu, 1, 64, torch.float32)
@@ -108,7 +131,9 @@ def test_no_host_synchronisation(gpu):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_graph_replays_on_new_numbers(gpu):
+@pytest.mark.parametrize("path", ["plain", "fused"])
+def test_graph_replays_on_new_numbers(gpu, path, monkeypatch):
+    monkeypatch.setenv("C2C_EXT_CUDA_PATH", path)
     fuser, base, sharer = made(gpu)
     packed, out = fuser.packed(torch.bfloat16, gpu), clone(base)
     with torch.cuda.device(gpu), torch.no_grad():

@@ -38,6 +38,16 @@ def test_a_library_that_cannot_be_loaded_is_reported(tmp_path, torch_has_cuda):
     assert "C2C_EXT_CUDA=1" in reason
 
 
+@pytest.mark.parametrize(("driver", "runtime"), [(0, 13000), (13000, 13020), (13010, 12080)])
+def test_a_driver_runs_its_own_cuda_and_older_ones(driver, runtime):
+    assert cuda_library.driver_obstacle(driver, runtime) is None
+
+
+def test_a_driver_that_is_too_old_is_told_apart_before_any_call():
+    reason = cuda_library.driver_obstacle(12080, 13000)
+    assert "built with CUDA 13, this machine's GPU driver is for CUDA 12.8" in reason
+
+
 def test_reasons_by_device(monkeypatch):
     monkeypatch.setattr(ops, "CUDA_MISSING", "because")
     assert ops.kernels_missing(torch.device("cpu")) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -73,6 +74,17 @@ def test_the_tests_part_runs_the_tests_of_a_gpu(recorded) -> None:
     assert call[:2] == ["-m", "pytest"] and "python_tests/test_cuda.py" in call
 
 
+def test_the_build_part_builds_installs_and_tells_what_it_built(recorded, tmp_path, monkeypatch):
+    """`timeout` runs programs only, and the part is several."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "cmake").symlink_to(tmp_path / "python")  # the one that writes down
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    configure, build, install, info = recorded("build")
+    assert "-DC2C_EXT_CUDA=1" in configure
+    assert (build[0], install[0]) == ("--build", "--install")
+    assert info == ["-m", "c2c_ext.cli", "info"]
+
+
 def test_a_part_that_fails_fails_the_whole(tmp_path) -> None:
     done = run("--python", "false", "--out", str(tmp_path), "stages")
     assert done.returncode == 1 and "kernels_cuda: FAILED (1)" in done.stdout
@@ -86,5 +98,5 @@ def test_no_part_begins_when_the_time_is_over(tmp_path) -> None:
 def test_an_unknown_part_is_refused_with_the_usage(tmp_path) -> None:
     done = run("everything")
     assert done.returncode == 2 and "usage: benchmarks/gpu_check.sh" in done.stderr
-    for part in ("build", "sanitizer", "fuse", "generate", "stages", "batches"):
+    for part in ("build", "hopper", "sanitizer", "fuse", "generate", "stages", "batches"):
         assert part in done.stderr

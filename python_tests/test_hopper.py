@@ -69,10 +69,11 @@ def test_stages_and_epilogues_compute_the_fuser(tmp_path: Path) -> None:
     assert len(check(program).splitlines()) == 11  # every case says how near it came
 
 
+@pytest.mark.parametrize("changes", [{"depth": 4}, {"depth": 5, "weighting": False}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_op_takes_this_path_where_it_is_asked_for(dtype, monkeypatch) -> None:
+def test_the_op_takes_this_path_where_it_is_asked_for(dtype, changes, monkeypatch) -> None:
     config = make_config(
-        ((4, 32),), ((2, 32),), (0,), hidden_size=128, intermediate_size=128, depth=4
+        ((4, 32),), ((2, 32),), (0,), hidden_size=128, intermediate_size=128, **changes
     )
     fuser = make_fuser(config)
     base, sharer = make_caches(config, 1, 70, dtype=dtype)

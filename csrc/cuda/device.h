@@ -5,7 +5,8 @@
 //   __grid_constant__ __shared__ (static arrays only), dim3, int2 int4 uint2 uint4 float2 float4,
 //   threadIdx blockIdx blockDim gridDim, __syncthreads, __syncwarp, cudaStream_t,
 //   __shfl_sync __shfl_xor_sync __shfl_down_sync (values of 4 or 8 bytes).
-// From here: dynamic_shared, cp_async_*, ldmatrix_*, mma_*, launch. Nothing else; no atomics.
+// From here: dynamic_shared, cp_async_*, store_16, ldmatrix_*, mma_*, launch. Nothing else; no
+// atomics.
 //
 // A file that is not compiled by nvcc gets cudaStream_t and nothing more (launchers are declared
 // with it).
@@ -71,6 +72,13 @@ __device__ __forceinline__ void cp_async_commit() {
 template <int kNewest>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+}
+
+// One access of 16 aligned bytes. The compiler makes several of an array that it has in registers.
+__device__ __forceinline__ void store_16(void* global, const uint4& words) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)),
+               "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
 }
 
 // ---- matrix fragments; every lane of the warp takes part ---------------------------------------

@@ -253,6 +253,11 @@ void cp_async_wait() {
   emulation::land_copies(kNewest);
 }
 
+inline void store_16(void* global, const uint4& words, Place place = Place::here()) {
+  emulation::check_address("store_16", global, 16, false, place);
+  *static_cast<uint4*>(global) = words;
+}
+
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, Place place = Place::here()) {
   emulation::load_matrices<4, false>("ldmatrix_x4", r, row, place);
 }

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -34,9 +35,11 @@ using cuda::Tokens;
 using cuda::view_of;
 using torch::headeronly::ScalarType;
 
-// Scratch is at most this plus the size of the fused caches: more streams x tokens are done in
-// chunks, streams first, so that every weight is read once as long as all tokens of a stream fit.
+// Scratch is at most this plus the size of the fused caches, up to kMoreScratchBytes, which many
+// rows fill a GPU with: more streams x tokens are done in chunks, streams first, so that every
+// weight is read once as long as all tokens of a stream fit.
 constexpr int64_t kScratchBytes = int64_t{64} << 20;
+constexpr int64_t kMoreScratchBytes = int64_t{1} << 30;
 constexpr int64_t kMaxRows = int64_t{1} << 30;  // of one launch
 constexpr int64_t kAlignment = 16;              // of every row of scratch, in bytes
 
@@ -65,38 +68,59 @@ class Fusion {
         deep_w2_(addresses(w_.deep_w2)),
         deep_w1_(addresses(w_.deep_w1)) {}
 
-  void run() {
-    const int64_t count = s_.batch * s_.tokens;
-    const int64_t fused_bytes = s_.streams * count * s_.receiver.width() * size_;
-    const int64_t bytes = cuda::scratch_limit(kScratchBytes + fused_bytes);
-    const int64_t per_row = std::max(bytes_per_row(), fused_bytes_per_row());
+  void run() { run(path_, {0, s_.streams, 0, s_.batch * s_.tokens}); }
+
+ private:
+  // Streams and rows of the call.
+  struct Part {
+    int64_t first_stream, streams, first_row, rows;
+  };
+
+  // Does the part on `path` in as few chunks as its scratch allows. A path leaves what it does not
+  // run to the next.
+  void run(Path path, const Part& part) {
+    const int64_t fused_bytes = s_.streams * s_.batch * s_.tokens * s_.receiver.width() * size_;
+    const int64_t bytes =
+        cuda::scratch_limit(kScratchBytes + std::min(fused_bytes, kMoreScratchBytes));
+    const int64_t per_row = bytes_per_row(path);
     const int64_t most = std::max<int64_t>(1, bytes / per_row);  // rows of all streams
-    const int64_t rows = equal_part(count, std::min(most, kMaxRows));
+    const int64_t rows = equal_part(part.rows, std::min(most, kMaxRows));
     const int64_t streams =
-        equal_part(s_.streams, std::clamp<int64_t>(most / rows, 1, kMaxStreams));
-    const Tensor scratch = device_.scratch(streams * rows * per_row);
-    for (int64_t g = 0; g < s_.streams; g += streams) {
-      first_ = g;
-      const int64_t now = std::min(streams, s_.streams - g);
-      Streams views;
-      for (int64_t i = 0; i < now; ++i) {
-        const StreamTensors& t = call_.streams[g + i];
-        views.view[i] = {view_of(*t.out), view_of(*t.base), view_of(*t.sharer)};
-      }
-      for (int64_t r = 0; r < count; r += rows) {
-        block_ = {static_cast<int>(now), r, std::min(rows, count - r)};
-        // Each path leaves to the next what it does not run.
-        if (path_ != Path::kPlain) {
-          const FusedCall now = fused_call(views, scratch);
-          if (path_ == Path::kHopper && cuda::run_hopper(now, stream())) continue;
-          if (cuda::run_fused(now, stream())) continue;
+        equal_part(part.streams, std::clamp<int64_t>(most / rows, 1, kMaxStreams));
+    for (int64_t g = 0; g < part.streams; g += streams) {
+      for (int64_t r = 0; r < part.rows; r += rows) {
+        const Part chunk{part.first_stream + g, std::min(streams, part.streams - g),
+                         part.first_row + r, std::min(rows, part.rows - r)};
+        if (!run_chunk(path, chunk, scratch(streams * rows * per_row))) {
+          run(path == Path::kHopper ? Path::kFused : Path::kPlain, chunk);
         }
-        run_chunk(views, static_cast<char*>(scratch.data_ptr()));
       }
     }
   }
 
- private:
+  bool run_chunk(Path path, const Part& chunk, void* scratch) {
+    first_ = chunk.first_stream;
+    block_ = {static_cast<int>(chunk.streams), chunk.first_row, chunk.rows};
+    Streams views;
+    for (int64_t i = 0; i < chunk.streams; ++i) {
+      const StreamTensors& t = call_.streams[first_ + i];
+      views.view[i] = {view_of(*t.out), view_of(*t.base), view_of(*t.sharer)};
+    }
+    if (path == Path::kHopper) return cuda::run_hopper(fused_call(views, scratch), stream());
+    if (path == Path::kFused) return cuda::run_fused(fused_call(views, scratch), stream());
+    run_plain(views, static_cast<char*>(scratch));
+    return true;
+  }
+
+  // Kernels that still use what it replaces are in front of those that get that memory again.
+  void* scratch(int64_t bytes) {
+    if (!scratch_.has_value() || scratch_->numel() < bytes) {
+      scratch_.reset();
+      scratch_ = device_.scratch(bytes);
+    }
+    return scratch_->data_ptr();
+  }
+
   int64_t input_width() const {
     return s_.sharer.width() + (s_.reads_receiver ? s_.receiver.width() : 0);
   }
@@ -114,19 +138,19 @@ class Fusion {
   static int64_t row_bytes(int64_t columns, int64_t size) {
     return parts(columns * size, kAlignment) * kAlignment;
   }
-  int64_t bytes_per_row() const {
-    return row_bytes(wide_columns(), size_) + row_bytes(s_.hidden, size_) +
-           row_bytes(y_columns(), size_) + row_bytes(q_columns(), size_) +
-           row_bytes(weighted() ? s_.receiver.heads : 0, sums_size_);
-  }
-
-  int64_t fused_bytes_per_row() const {
-    if (path_ == Path::kPlain) return 0;
+  // Of scratch, for one row of one stream.
+  int64_t bytes_per_row(Path path) const {
+    if (path == Path::kPlain) {
+      return row_bytes(wide_columns(), size_) + row_bytes(s_.hidden, size_) +
+             row_bytes(y_columns(), size_) + row_bytes(q_columns(), size_) +
+             row_bytes(weighted() ? s_.receiver.heads : 0, sums_size_);
+    }
     FusedCall call = fused_sizes();
     call.streams = call.rows = 1;
-    const size_t hopper = path_ == Path::kHopper ? cuda::hopper_scratch_bytes(call) : 0;
-    return static_cast<int64_t>(std::max(cuda::fused_scratch_bytes(call), hopper));
+    return static_cast<int64_t>(path == Path::kHopper ? cuda::hopper_scratch_bytes(call)
+                                                      : cuda::fused_scratch_bytes(call));
   }
+
   FusedCall fused_sizes() const {
     FusedCall call{};
     call.type = type_;
@@ -141,10 +165,12 @@ class Fusion {
     call.inner = s_.inner;
     call.weighting = s_.weighting;
     call.tokens = tokens_;
+    call.weights.deep_w2_count = static_cast<int>(deep_w2_.size());
+    call.weights.deep_w1_count = static_cast<int>(deep_w1_.size());
     return call;
   }
   // The chunk as run_fused takes it.
-  FusedCall fused_call(const Streams& views, const Tensor& scratch) const {
+  FusedCall fused_call(const Streams& views, void* scratch) const {
     const auto matrix = [](const Tensor& t) { return t.const_data_ptr(); };
     const auto floats = [](const Tensor& t) {
       return static_cast<const float*>(t.const_data_ptr());
@@ -158,8 +184,6 @@ class Fusion {
     w.branch_w1 = matrix(w_.branch_w1);
     w.deep_w2 = deep_w2_.data();
     w.deep_w1 = deep_w1_.data();
-    w.deep_w2_count = static_cast<int>(deep_w2_.size());
-    w.deep_w1_count = static_cast<int>(deep_w1_.size());
     w.out_weight = matrix(w_.out_weight);
     w.out_bias = floats(w_.out_bias);
     w.head_weight = floats(w_.head_weight);
@@ -169,11 +193,11 @@ class Fusion {
     call.first_row = block_.first_row;
     call.rows = block_.rows;
     call.views = &views;
-    call.scratch = scratch.data_ptr();
+    call.scratch = scratch;
     return call;
   }
 
-  void run_chunk(const Streams& views, char* scratch) {
+  void run_plain(const Streams& views, char* scratch) {
     const auto buffer = [&](int64_t columns, int64_t size) {
       const int64_t bytes = row_bytes(columns, size);
       const Matrices result{scratch, block_.rows * (bytes / size), bytes / size};
@@ -268,6 +292,7 @@ class Fusion {
   const bool accumulate_;
   const Path path_;
   const std::vector<const void*> deep_w2_, deep_w1_;
+  std::optional<Tensor> scratch_;
   int64_t first_ = 0;  // stream of the chunk
   Block block_{};
 };

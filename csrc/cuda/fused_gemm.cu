@@ -29,6 +29,9 @@ constexpr int64_t kAnyRows = std::numeric_limits<int64_t>::max();
 constexpr TileChoice kTileTable[] = {{16, Tiles::k16},   {32, Tiles::k32},
                                      {64, Tiles::k64},   {128, Tiles::k128},
                                      {192, Tiles::k192}, {kAnyRows, Tiles::k128}};
+static_assert(Tile64::kBytes + 64 * 2 * sizeof(RowPlace) <= 99 * 1024 &&
+                  Tile64::kBytes > Tile128::kBytes,
+              "99 KB are enough for all but 192 rows");
 constexpr int kMaxWidth = 1 << 30;     // sums of two widths are int
 constexpr int kMaxGrid = 65535;        // blocks, down and deep
 constexpr int64_t kRowAlignment = 16;  // of every row of scratch, in bytes
@@ -263,10 +266,27 @@ bool run_stages(const FusedCall& call, cudaStream_t stream) {
   return true;
 }
 
+// Bytes that a block may have on the current GPU: 227 KB on sm_90, 163 KB on sm_80, 99 KB on sm_86,
+// sm_89 and sm_120.
+int64_t shared_limit() {
+#if defined(C2C_EMULATE)
+  return kMaxDynamicShared;
+#else
+  int device = 0, bytes = 0;
+  check_launch(cudaGetDevice(&device), "fused");
+  check_launch(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               "fused");
+  return bytes;
+#endif
+}
+
 template <class T>
 bool run_typed(const FusedCall& call, cudaStream_t stream) {
   const TileChoice* choice = kTileTable;
   while (call.rows > choice->up_to_rows) ++choice;
+  // All other tiles fit everywhere.
+  constexpr int k192Bytes = fused_gemm_bytes<Tile192, CacheInput<T>, FusedOutput<T>>();
+  if (choice->tiles == Tiles::k192 && k192Bytes > shared_limit()) ++choice;
   switch (choice->tiles) {
     case Tiles::k16:
       return run_stages<T, Tile16>(call, stream);

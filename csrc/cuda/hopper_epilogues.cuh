@@ -195,6 +195,9 @@ struct ActivateEpilogue {
   Matrices first, second;
   int first_cols, depth;
 
+  // Groups whose activations are computed side by side: more would not fit the registers.
+  static constexpr int kAtOnce = 2;
+
   struct Scale {
     float of_row[2];
   };
@@ -214,6 +217,12 @@ struct ActivateEpilogue {
     }
     return scale;
   }
+  // The factor as it is, but not before `pair` is known: first_cols is a multiple of kTileCols,
+  // which the compiler does not know.
+  __device__ __forceinline__ float behind(uint32_t pair, float factor) const {
+    const uint32_t none = static_cast<uint32_t>(first_cols) % kTileCols;
+    return bit_cast<float>(bit_cast<uint32_t>(factor) | (pair & none));
+  }
   // The norm's factor meets float32 sums, so that float16 cannot overflow before it.
   __device__ __forceinline__ void end(const float (&sums)[kSums], const Part& at,
                                       const Scale& scale) const {
@@ -225,12 +234,14 @@ struct ActivateEpilogue {
       const int row = at.row + 8 * lower;
       if (row >= squares.rows) continue;
       T* const to = element<T>(matrix, at.stream, row, col);
+      float factor = scale.of_row[lower];
       C2C_HOPPER_UNROLL
       for (int group = 0; group < kGroups; ++group) {
         const int i = sum_index(group, lower);
-        store_pair(to + 8 * group,
-                   round_pair(activate<kActivation>(scale.of_row[lower] * sums[i]),
-                              activate<kActivation>(scale.of_row[lower] * sums[i + 1]), T{}));
+        const uint32_t pair = round_pair(activate<kActivation>(factor * sums[i]),
+                                         activate<kActivation>(factor * sums[i + 1]), T{});
+        store_pair(to + 8 * group, pair);
+        if (group % kAtOnce == kAtOnce - 1) factor = behind(pair, factor);
       }
     }
   }

@@ -95,7 +95,7 @@ void run(const char* name, const HopperProduct& p, const Epilogue& epilogue, cud
   launch(name, hopper_gemm_kernel<T, Epilogue>, grid, dim3(hopper::kThreads), hopper::kSharedBytes,
          stream, operand(name, p.type, p.x, p.rows, p.depth, p.streams, hopper::kTileRows),
          operand(name, p.type, weights, p.cols, p.depth, p.streams, hopper::kTileCols),
-         hopper::slices_of(p.depth), epilogue);
+         hopper::slices_of(p.depth), p.rows, epilogue);
 }
 
 // Calls f(T{}) with the C++ type of the caches.
@@ -193,12 +193,11 @@ void check_hopper_device() {
   const auto kernel = hopper_gemm_kernel<Bfloat16, BiasEpilogue<Bfloat16>>;
   check("looking for the hopper kernels",
         cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
-  if (attributes.ptxVersion < 90) {  // the stub that other architectures get
+  // All others have a stub without sums, sm_90 too; no process recovers from running it.
+  if (attributes.numRegs < hopper::kSums) {
     throw std::runtime_error(
-        "c2c_ext.fuse: the hopper path needs a build with code for sm_90a, this one was compiled "
-        "for compute capability " +
-        std::to_string(attributes.ptxVersion / 10) + "." +
-        std::to_string(attributes.ptxVersion % 10));
+        "c2c_ext.fuse: the hopper path needs a build with code for sm_90a, this one has none: "
+        "C2C_EXT_CUDA_ARCHITECTURES must contain 90a-real");
   }
 #endif
 }

@@ -5,8 +5,10 @@
 // columns (wgmma.m64n128k16, both operands in shared memory, float32 sums in 64 registers) and then
 // run the epilogue. Two blocks share a multiprocessor, so that one can multiply while the other is
 // in its epilogue: at 1024 inputs a tile takes 8,192 cycles of the tensor cores, and GELU of its
-// 16,384 sums some 5,000 of the float32 units. 128 x 256 would read a quarter less from L2, but its
+// 16,384 sums some 3,500 of the float32 units. 128 x 256 would read a quarter less from L2, but its
 // sums fill the registers: one block a multiprocessor, and idle tensor cores during epilogues.
+//
+// A warpgroup without rows multiplies nothing: 170 rows take the tensor cores as long as 192.
 //
 // 9 warps of at most 96 registers: 20 warps of 96 fit a multiprocessor (5 in each quarter), so two
 // blocks of 9. The copying warp is no warpgroup of its own, hence nothing is left to move between
@@ -54,7 +56,7 @@ struct Operand {
 };
 
 struct Ring {};
-inline Ring open_ring() { return {}; }
+inline Ring open_ring(int) { return {}; }
 inline void copy_slices(const Ring&, const Operand&, const Operand&, int) {}
 
 template <class T>
@@ -90,15 +92,15 @@ struct Ring {
   }
 };
 
-// All threads of the block.
-__device__ __forceinline__ Ring open_ring() {
+// All threads of the block; `rows` of its tile.
+__device__ __forceinline__ Ring open_ring(int rows) {
   __shared__ uint64_t barriers[2 * kStages];
   const Ring ring{align_stages(shared_address(dynamic_shared<unsigned char>())),
                   shared_address(barriers)};
   if (threadIdx.x == 0) {
     for (int slice = 0; slice < kStages; ++slice) {
       init_barrier(ring.full(slice), kFullArrivals);
-      init_barrier(ring.empty(slice), kEmptyArrivals);
+      init_barrier(ring.empty(slice), empty_arrivals(rows));
     }
     fence_barrier_init();
   }
@@ -153,13 +155,15 @@ __device__ __forceinline__ void multiply_slices(const Ring& ring, const Operand&
 template <class T, class Epilogue>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     hopper_gemm_kernel(const __grid_constant__ Operand x, const __grid_constant__ Operand weight,
-                       int slices, const __grid_constant__ Epilogue epilogue) {
+                       int slices, int rows, const __grid_constant__ Epilogue epilogue) {
 #if defined(C2C_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const int thread = static_cast<int>(threadIdx.x);
-  const Ring ring = open_ring();
+  const int tile_rows =
+      rows - static_cast<int>(blockIdx.y) * kTileRows;  // more in all but the last
+  const Ring ring = open_ring(tile_rows);
   if (thread >= kConsumerThreads) {
     copy_slices(ring, x, weight, slices);
-  } else {
+  } else if (thread / kWarpgroup < consumers_of(tile_rows)) {
     const Part at{static_cast<int>(blockIdx.z),
                   static_cast<int>(blockIdx.y) * kTileRows + thread_row(thread),
                   static_cast<int>(blockIdx.x) * kTileCols + thread_col(thread)};

@@ -102,7 +102,16 @@ C2C_HOST_DEVICE constexpr int sum_index(int group, int lower) { return group * 4
 // nothing.
 
 constexpr int kFullArrivals = 1;
-constexpr int kEmptyArrivals = kConsumerThreads / 32;
+constexpr int kEmptyArrivals = kConsumerThreads / 32;  // where all consumers have rows
+
+// Of a tile with so many rows. A consumer without rows multiplies nothing and frees no stage.
+C2C_HOST_DEVICE constexpr int consumers_of(int rows) {
+  return rows >= kTileRows ? kConsumers : (rows + kWgmmaRows - 1) / kWgmmaRows;
+}
+C2C_HOST_DEVICE constexpr int empty_arrivals(int rows) {
+  return consumers_of(rows) * (kWarpgroup / 32);
+}
+static_assert(empty_arrivals(kTileRows) == kEmptyArrivals && empty_arrivals(1) == 4, "a warp each");
 
 C2C_HOST_DEVICE constexpr int stage_of(int slice) { return slice % kStages; }
 // What a consumer waits for before it reads slice `slice`: use number slice / kStages of the stage.

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     const T* w = weight + (int64_t{blockIdx.y} * heads + head) * cols;
     T sums[kHeadRows] = {};
     const bool packed = rows_aligned && aligned<T, kCount>(w);
-    for_columns<kCount>(cols, packed, lane, kWarp, [&](int64_t i, auto count) {
+    for_columns<kCount, 4>(cols, packed, lane, kWarp, [&](int64_t i, auto count) {
       constexpr int kWidth = decltype(count)::value;
       const auto factors = load<kWidth>(w + i);
       for (int r = 0; r < kHeadRows; ++r) {

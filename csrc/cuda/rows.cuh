@@ -35,19 +35,38 @@ __device__ Pack<C, kCount> load(const C* from) {
   return *reinterpret_cast<const Pack<C, kCount>*>(from);
 }
 
+// 32 bits of neighbours, from the first on.
+template <class C>
+__device__ uint32_t word_of(const C* x) {
+  if constexpr (sizeof(C) == 2) {
+    return x[0].bits | static_cast<uint32_t>(x[1].bits) << 16;
+  } else {
+    return bit_cast<uint32_t>(x[0]);
+  }
+}
+
 template <int kCount, class C>
 __device__ void store(const Pack<C, kCount>& pack, C* to) {
-  *reinterpret_cast<Pack<C, kCount>*>(to) = pack;
+  if constexpr (sizeof(pack) == 16 && sizeof(C) < 8) {
+    constexpr int kWord = 4 / sizeof(C);
+    store_16(to, {word_of(pack.x), word_of(pack.x + kWord), word_of(pack.x + 2 * kWord),
+                  word_of(pack.x + 3 * kWord)});
+  } else {
+    *reinterpret_cast<Pack<C, kCount>*>(to) = pack;
+  }
 }
 
 // Calls f(column, integral constant: how many from there on) for the columns that fall to `thread`
 // of `threads`: packs first where all rows are aligned for them, then what is left one by one.
-template <int kCount, class F>
+// kUnroll rounds are begun at once; most kernels have one or two, not worth counting them first.
+template <int kCount, int kUnroll = 1, class F>
 __device__ void for_columns(int64_t cols, bool packed, int thread, int threads, const F& f) {
   const int64_t packs_end = packed ? cols / kCount * kCount : 0;
+#pragma unroll kUnroll
   for (int64_t i = int64_t{thread} * kCount; i < packs_end; i += int64_t{threads} * kCount) {
     f(i, std::integral_constant<int, kCount>{});
   }
+#pragma unroll 1
   for (int64_t i = packs_end + thread; i < cols; i += threads) {
     f(i, std::integral_constant<int, 1>{});
   }

@@ -186,3 +186,13 @@ int64_t scratch_limit(int64_t bytes) {
 }
 
 }  // namespace c2c::cuda
+
+#ifndef C2C_EMULATE
+// For c2c_ext/cuda_library.py: the newest CUDA that the GPU's driver knows (13000 is 13.0; 0: there
+// is no driver), and the CUDA of this library's runtime. Neither needs a GPU.
+extern "C" __attribute__((visibility("default"))) void c2c_cuda_versions(int* driver,
+                                                                         int* runtime) {
+  if (cudaDriverGetVersion(driver) != cudaSuccess) *driver = 0;
+  if (cudaRuntimeGetVersion(runtime) != cudaSuccess) *runtime = 0;
+}
+#endif
