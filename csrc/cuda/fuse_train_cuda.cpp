@@ -1,4 +1,4 @@
-// c2c::fuse and c2c::fuse_backward on CUDA tensors: the Backend of train/fuse_train.h, with matrix
+// c2c::fuse and c2c::fuse_backward on CUDA tensors: the Backend of train/backend.h, with matrix
 // products through torch's bmm and everything between them in train_kernels.cu and
 // train_cache_kernels.cu. No host synchronisation.
 // Compiled with C2C_EMULATE they are c2c_emulated::fuse and ::fuse_backward, which run the same

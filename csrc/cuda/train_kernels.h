@@ -1,5 +1,5 @@
 // Launchers of the CUDA kernels between the matrix products of the training op and its backward;
-// their formulas stand in train/fuse_train.h. As those of row_kernels.h: all streams of a chunk in
+// their formulas stand in train/backend.h. As those of row_kernels.h: all streams of a chunk in
 // one launch each, sums in double for float64 caches and in float for all others, every stored
 // value rounded once, no atomics: the same input gives the same bits.
 #pragma once
