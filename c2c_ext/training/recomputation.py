@@ -41,5 +41,4 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
             f"c2c_ext.training: {type(model).__name__} does not support gradient checkpointing: "
             "none of its layers does"
         )
-    inner = {id(m) for layer in layers for m in layer.modules() if m is not layer}
-    return [layer for layer in layers if id(layer) not in inner]
+    return layers
