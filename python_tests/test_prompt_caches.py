@@ -372,6 +372,26 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, receiver):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_write_that_cannot_finish_leaves_nothing(tmp_path, receiver, monkeypatch):
+    def fail(source: str, target: str) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(writer_module.os, "rename", fail)
+    (tmp_path / "c").mkdir()
+    with pytest.raises(OSError, match="no space left"):
+        write_prompt_caches(tmp_path / "c", receiver, many(3))
+    assert list(tmp_path.rglob("*")) == [tmp_path / "c"]
+
+
+def test_what_was_read_no_longer_depends_on_the_file(caches):
+    first, second = read_first(caches), read_first(caches)
+    path = caches.directory / "caches-00000.safetensors"
+    with open(path, "r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    for a, b in zip(first[0], second[0], strict=True):
+        assert a[0].any() and same_bits(a[0], b[0]) and same_bits(a[1], b[1])
+
+
 def test_bad_arguments_are_refused(tmp_path, receiver, caches):
     with pytest.raises(FileExistsError, match="must not exist, or be an empty directory"):
         write_prompt_caches(caches.directory, receiver, many(1))

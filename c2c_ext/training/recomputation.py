@@ -35,6 +35,7 @@ def checkpointed(model: PreTrainedModel) -> Iterator[None]:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that transformers itself can checkpoint; ValueError if there are none."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(
