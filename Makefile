@@ -3,6 +3,7 @@
 # make test-oldest, make test-matrix   the suite beside the oldest, beside every tested transformers
 # make lint   ruff and clang-format, as CI runs them    make clean  everything built or installed here
 # make sanitize   the op's tests under AddressSanitizer and UBSan
+# make train-tiny   trains the demo's fuser by `c2c train`, in minutes
 # make check-cuda   compiles every kernel for two GPUs and records what each needs (needs nvcc, no GPU)
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +18,8 @@ TRANSFORMERS ?= 4.57.6 5.0.0 5.17.0 $(shell sed -n 's/^transformers==//p' constr
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 CPP := $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-oldest test-matrix wheel sanitize check-cuda lint format tiny-pair clean
+.PHONY: demo test test-oldest test-matrix wheel sanitize check-cuda lint format tiny-pair train-tiny \
+  clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/c2c demo
@@ -61,6 +63,15 @@ format: $(VENV)/.linters
 tiny-pair: $(VENV)/.built
 	$(VENV)/bin/python -m c2c_ext.demo.train --seed 0 --output build/tiny_pair
 
+# Trains the shipped pair's fuser from scratch by `c2c train` (minutes) and asks what was held out.
+TINY := build/train_tiny
+train-tiny: $(VENV)/.built
+	rm -rf $(TINY)
+	$(VENV)/bin/python -m c2c_ext.demo.export $(TINY)
+	$(VENV)/bin/c2c train --receiver $(TINY)/receiver --sharer $(TINY)/sharer \
+	  --data $(TINY)/train.jsonl --config tiny --output $(TINY)/fuser
+	$(VENV)/bin/python -m c2c_ext.demo.evaluate $(TINY)
+
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
@@ -69,7 +80,7 @@ $(VENV)/.built: $(VENV)/.created $(BUILD_INPUTS)
 	@echo "installing torch and building, a few minutes the first time (where pip knows no CPU"
 	@echo "wheels of torch, it takes the CUDA build, several GB: see constraints.txt)"
 	$(PIP) setuptools cmake ninja pybind11 torch
-	$(PIP) --no-build-isolation --editable '.[demo,test]'
+	$(PIP) --no-build-isolation --editable '.[demo,test,train]'
 	touch $@
 
 $(VENV)/.linters: $(VENV)/.created pyproject.toml

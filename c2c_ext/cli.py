@@ -65,6 +65,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument("--sharer", metavar="DIR", help="record this model and compare shapes")
     convert.add_argument("--overwrite", action="store_true", help="replace a fuser that is there")
 
+    train = commands.add_parser(
+        "train", help="train a fuser between two models on conversations (docs/training.md)"
+    )
+    for side in ("receiver", "sharer"):
+        train.add_argument(
+            f"--{side}", metavar="DIR", required=True, help=f"the {side}: a directory or a Hub name"
+        )
+    train.add_argument(
+        "--data", metavar="FILE", required=True, help="conversations: JSON lines, or a Hub dataset"
+    )
+    train.add_argument("--eval-data", metavar="FILE", help="likewise, for the evaluation loss")
+    train.add_argument(
+        "--output", metavar="DIR", required=True, help="of the fuser, checkpoints and log"
+    )
+    train.add_argument(
+        "--config",
+        metavar="RECIPE",
+        default="published",
+        help="a YAML file, or published (default), write-up, tiny",
+    )
+    train.add_argument(
+        "--set", metavar="KEY=VALUE", nargs="+", default=[], help="change fields of the recipe"
+    )
+    train.add_argument(
+        "--bad-data", choices=("refuse", "skip"), help="what to do about bad lines (refuse)"
+    )
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in --output"
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="parameters, memory and time; loads nothing"
+    )
+    train.add_argument(
+        "--sweep",
+        metavar="KEY=[VALUE,...]",
+        nargs="+",
+        help="train for every combination and compare",
+    )
+
     bench = commands.add_parser(
         "bench", help="how fast fusing is on this machine, in under a minute (docs/benchmarks.md)"
     )
@@ -105,6 +144,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 receiver=options.receiver,
                 sharer=options.sharer,
                 overwrite=options.overwrite,
+            )
+        elif options.command == "train":
+            from .training.command import run_train
+
+            status = run_train(
+                receiver=options.receiver,
+                sharer=options.sharer,
+                data=options.data,
+                output=options.output,
+                config=options.config,
+                changes=options.set,
+                eval_data=options.eval_data,
+                bad_data=options.bad_data,
+                resume=options.resume,
+                dry=options.dry_run,
+                sweep=options.sweep,
             )
         elif options.command == "bench":
             from .bench import run_bench

@@ -2,10 +2,13 @@
 
 Each function takes all its questions as one batch. An answer is the largest of eight logits, those
 of the asked attribute's values, at the prompt's last word.
+
+`python -m c2c_ext.demo.evaluate DIR` prints the table of DIR/{receiver,sharer,fuser}.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -286,3 +289,16 @@ def table(rows: Sequence[dict]) -> str:
         lines.append(f"| {mode} | " + " | ".join(cells) + " |")
     lines.append(f"\nGuessing: {count // w.NUM_VALUES}, 95% of the time {low} to {high}.")
     return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the table of a pair."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, help="holds receiver, sharer and fuser")
+    parser.add_argument("--seed", type=int, default=0, help="of the pair's world")
+    options = parser.parse_args(arguments)
+    print(table(evaluate_all(load_pair(options.directory, options.seed), options.seed)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""One training run: what is loaded for it, and a fuser directory with its log out of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..files import write_atomically
+from ..fuser import Fuser
+from ..messages import shown_name
+from ..model_card import HUB_ID, CardInfo
+from .collator import ChatCollator, ChatDataset, Encoder
+from .data import file_digest, read_conversations
+from .model import C2CTrainingModel
+from .recipes import TORCH_DTYPES, Recipe
+
+RECIPE_NAME = "recipe.yaml"
+LOG_NAME = "training_log.json"
+# What a run may be resumed with other values of: none of it changes what is computed.
+FREE_ON_RESUME = (
+    *("device", "backend", "recompute", "gradient_checkpointing", "prefill_chunk"),
+    *("log_steps", "eval_steps", "save_steps", "keep", "report_to", "bad_data"),
+)
+
+
+@dataclass
+class Setup:
+    """What several runs may share.
+
+    Attributes:
+        receiver, sharer: loaded, frozen by the training model.
+        train, evaluation: their data.
+        collator: makes batches of them.
+        fixed: what tells this data from other data when a run is resumed.
+        names: of the two models and the data, for the model card.
+    """
+
+    receiver: PreTrainedModel
+    sharer: PreTrainedModel
+    train: ChatDataset
+    evaluation: ChatDataset | None
+    collator: ChatCollator
+    fixed: dict[str, Any]
+    names: dict[str, str]
+
+
+def load_setup(
+    recipe: Recipe, receiver: str, sharer: str, data: str, eval_data: str | None = None
+) -> Setup:
+    """Loads tokenizers, data and models, in this order: the cheapest errors come first.
+
+    Raises:
+        ValueError, OSError, ImportError: bad data, differing tokenizers, a model that cannot be
+            loaded.
+    """
+    tokenizers = {}
+    for side, place in (("receiver", receiver), ("sharer", sharer)):
+        try:
+            tokenizers[side] = AutoTokenizer.from_pretrained(place)
+        except Exception as error:  # transformers raises errors of many kinds
+            text = shown_name(" ".join(str(error).split()), 300)
+            raise ValueError(
+                f"--{side}: {place} has no tokenizer that can be read: {text}"
+            ) from error
+    encoder = Encoder(
+        tokenizers["receiver"],
+        tokenizers["sharer"],
+        max_tokens=recipe.max_tokens,
+        truncate=recipe.truncate,
+        labels=recipe.labels,
+        chat_template=recipe.chat_template,
+    )
+    train = _dataset(recipe, data, encoder)
+    fixed: dict[str, Any] = {"data": file_digest(data) if Path(data).is_file() else data}
+    evaluation = None
+    if eval_data is not None:
+        evaluation = _dataset(recipe, eval_data, encoder)
+    elif recipe.eval_part:
+        train, evaluation = _split(train, recipe)
+    pad = tokenizers["receiver"].pad_token_id or 0
+    collator = ChatCollator(pad, tokenizers["sharer"].pad_token_id or 0, padding=recipe.padding)
+    dtype = TORCH_DTYPES[recipe.dtype]
+    models = [
+        AutoModelForCausalLM.from_pretrained(place, dtype=dtype) for place in (receiver, sharer)
+    ]
+    names = {"receiver": receiver, "sharer": sharer, "data": data}
+    return Setup(*models, train, evaluation, collator, fixed, names)
+
+
+def new_fuser(recipe: Recipe, receiver_config: Any, sharer_config: Any) -> Fuser:
+    """A float32 fuser initialised from the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(recipe.seed)
+        fuser = Fuser(recipe.fuser_config(receiver_config, sharer_config)).float()
+    if recipe.zero_output:
+        with torch.no_grad():
+            for name, parameter in fuser.named_parameters():
+                if name.endswith(("out_weight", "out_bias")):
+                    parameter.zero_()  # the fused cache starts as the receiver's own
+    return fuser
+
+
+def run_once(setup: Setup, recipe: Recipe, output: Path, *, resume: bool = False) -> dict[str, Any]:
+    """One training run: trains, saves fuser, recipe and log in ``output``.
+
+    Returns:
+        steps, losses, seconds and open streams, as they are in the log.
+
+    Raises:
+        NonFiniteError: a loss or gradient is NaN or infinite.
+        ValueError: ``output`` holds a checkpoint of another run.
+    """
+    from .trainer import C2CTrainer, training_arguments
+
+    fuser = new_fuser(recipe, setup.receiver.config, setup.sharer.config)
+    model = C2CTrainingModel(
+        setup.receiver,
+        setup.sharer,
+        fuser,
+        sampler=recipe.sampler() if fuser.config.gate else None,
+        recompute=recipe.recompute,
+        prefill_chunk=recipe.prefill_chunk or None,
+        backend=recipe.backend,
+        seed=recipe.seed,
+    )
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    arguments = training_arguments(
+        recipe,
+        output,
+        samples=len(setup.train),
+        evaluated=setup.evaluation is not None,
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        disable_tqdm=not sys.stderr.isatty(),  # lines instead
+    )
+    settings = {k: v for k, v in recipe.to_dict().items() if k not in FREE_ON_RESUME}
+    trainer = C2CTrainer(
+        model,
+        arguments,
+        setup.train,
+        setup.evaluation,
+        setup.collator,
+        run={**settings, **setup.fixed},
+    )
+    if is_first():
+        text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
+        write_atomically({output / RECIPE_NAME: lambda path: Path(path).write_text(text, "utf-8")})
+    done = trainer.train(resume_from_checkpoint=resume)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result = {
+        "steps": trainer.state.global_step,
+        "train_loss": losses[-1] if losses else done.training_loss,
+        "eval_loss": None,
+        "best_step": trainer.state.best_global_step,
+        "seconds": round(done.metrics.get("train_runtime", 0.0), 1),
+        "open_streams": len(fuser.open_streams()),
+        "streams": len(fuser.config.kinds) * len(fuser.config.layer_map),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available() and recipe.device != "cpu"
+        else None,
+    }
+    if setup.evaluation is not None:
+        result["eval_loss"] = trainer.evaluate()["eval_loss"]
+    if trainer.is_world_process_zero():
+        fuser.save_pretrained(output, card=_card(setup, recipe, result))
+        log = {**result, "recipe": recipe.to_dict(), "log": trainer.state.log_history}
+        text = json.dumps(log, indent=1) + "\n"
+        write_atomically({output / LOG_NAME: lambda path: Path(path).write_text(text, "utf-8")})
+    return result
+
+
+def _card(setup: Setup, recipe: Recipe, result: Mapping[str, Any]) -> CardInfo:
+    training = {
+        "steps": result["steps"],
+        "batch": recipe.batch,
+        "learning rate": recipe.lr,
+        "schedule": f"{recipe.schedule}, {recipe.warm_up:.0%} warm-up",
+        "weight decay": recipe.weight_decay,
+        "dropout": recipe.dropout,
+        "gates": f"{recipe.gate_sampler}, {recipe.temperature_schedule} temperature, "
+        f"{recipe.temperature_start:g} to {recipe.temperature_end:g} in {recipe.anneal_steps}",
+        "seed": recipe.seed,
+        "models in": recipe.dtype,
+    }
+    # A file's path says where it lies on one machine; a dataset's name is for everybody.
+    name = setup.names["data"]
+    is_dataset = HUB_ID.fullmatch(name) and not Path(name).exists()
+    return CardInfo(training=training, datasets=[name] if is_dataset else [])
+
+
+def _dataset(recipe: Recipe, source: str, encoder: Encoder) -> ChatDataset:
+    conversations, bad = read_conversations(source, bad_data=recipe.bad_data, split=recipe.split)
+    dataset = ChatDataset(conversations, bad, encoder)
+    if is_first():
+        print(bad.summary(), file=sys.stderr)
+        for line in bad.lines():
+            print(f"  {line}", file=sys.stderr)
+    return dataset
+
+
+def _split(dataset: ChatDataset, recipe: Recipe) -> tuple[ChatDataset, ChatDataset]:
+    count = round(len(dataset) * recipe.eval_part)
+    if not 0 < count < len(dataset):
+        raise ValueError(
+            f"recipe: eval_part {recipe.eval_part} of {len(dataset)} samples leaves "
+            f"{count} to evaluate on and {len(dataset) - count} to train on"
+        )
+    generator = torch.Generator().manual_seed(recipe.seed)
+    order = torch.randperm(len(dataset), generator=generator).tolist()
+    return dataset.part(sorted(order[count:])), dataset.part(sorted(order[:count]))
+
+
+def is_first() -> bool:
+    """Whether this process prints: the first that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
