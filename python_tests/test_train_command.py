@@ -1,0 +1,285 @@
+"""`c2c train` end to end on tiny models: output, resuming, dry run, sweep, bad input."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+import yaml
+from local_tokenizers import letter_tokenizer, turns, word_tokenizer, write_lines
+from test_training_checkpoint import same
+
+import c2c_ext
+from c2c_ext.cli import main
+from c2c_ext.estimate import Ceilings
+from c2c_ext.training import dry_run
+from c2c_ext.training.checkpoint import checkpoint_path
+from c2c_ext.training.model import C2CTrainingModel
+
+SETTINGS = {
+    "hidden_size": 16,
+    "batch": 4,
+    "micro_batch": 2,
+    "max_steps": 4,
+    "save_steps": 2,
+    "lr": 0.01,
+    "dropout": 0.0,
+    "dtype": "fp32",
+    "device": "cpu",
+    "log_steps": 1,
+    "anneal_steps": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """receiver, sharer, talks.jsonl and recipe.yaml."""
+    place = tmp_path_factory.mktemp("train")
+    for side in ("receiver", "sharer"):
+        getattr(tiny_models, f"{side}_model")().save_pretrained(place / side)
+        word_tokenizer().save_pretrained(place / side)
+    records = [{"messages": turns(f"w{i} w{i + 1}", f"w{i + 2}")} for i in range(10)]
+    write_lines(place / "talks.jsonl", records)
+    write_lines(place / "bad.jsonl", [*records, "{", {"messages": turns("w1")}])
+    (place / "recipe.yaml").write_text(yaml.safe_dump(SETTINGS))
+    return place
+
+
+def train(place: Path, output: Path, *options: str, data: str = "talks.jsonl") -> int:
+    given = ["--receiver", str(place / "receiver"), "--sharer", str(place / "sharer")]
+    given += ["--data", str(place / data), "--output", str(output)]
+    return main(["train", *given, "--config", str(place / "recipe.yaml"), *options])
+
+
+def test_a_trained_fuser_is_ready_to_attach(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "fuser"
+    assert train(place, output) == 0
+    captured = capsys.readouterr()
+    assert "talks.jsonl: 10 conversations, 0 bad lines" in captured.err
+    assert re.search(r"^4 steps in \d+ s, training loss", captured.out, re.M)
+    assert f"Fuser.from_pretrained({str(output)!r})" in captured.out
+    fuser = c2c_ext.Fuser.from_pretrained(output)
+    receiver, sharer = tiny_models.receiver_model(), tiny_models.sharer_model()
+    with c2c_ext.attached(receiver, sharer, fuser):
+        receiver.generate(torch.tensor([[4, 8, 9, 5]]), max_new_tokens=2, do_sample=False)
+    last = c2c_ext.Fuser.from_pretrained(checkpoint_path(output, 4))
+    assert same(dict(fuser.state_dict()), dict(last.state_dict()))
+    log = json.loads((output / "training_log.json").read_text())
+    assert log["steps"] == 4 and len([e for e in log["log"] if "loss" in e]) == 4
+    assert yaml.safe_load((output / "recipe.yaml").read_text())["lr"] == 0.01
+    card = (output / "README.md").read_text()
+    assert "0.01" in card and str(place) not in card
+
+
+def test_a_run_is_resumed_only_where_asked_and_as_it_was(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "fuser"
+    assert train(place, output) == 0
+    first = c2c_ext.Fuser.from_pretrained(output).state_dict()
+    assert train(place, output) == 2
+    assert "holds a training run (recipe.yaml); --resume goes on with it" in capsys.readouterr().err
+    shutil.rmtree(checkpoint_path(output, 4))
+    assert train(place, output, "--resume", "--set", "lr=0.02") == 2
+    assert "its lr was 0.01, now it is 0.02" in capsys.readouterr().err
+    assert train(place, output, "--resume", "--set", "max_steps=8") == 2
+    assert "its max_steps was 4, now it is 8" in capsys.readouterr().err
+    assert train(place, output, "--resume", data="bad.jsonl") == 2
+    assert train(place, output, "--resume", "--bad-data", "skip", data="bad.jsonl") == 2
+    assert "its data was" in capsys.readouterr().err
+    assert train(place, output, "--resume", "--set", "log_steps=2") == 0
+    assert same(dict(first), dict(c2c_ext.Fuser.from_pretrained(output).state_dict()))
+
+
+def test_the_recipes_seed_decides_what_is_trained(place: Path, tmp_path: Path) -> None:
+    fusers = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.manual_seed(len(fusers))
+        options = ("--set", f"seed={seed}", "max_steps=1")
+        assert train(place, tmp_path / name, *options) == 0
+        fusers.append(dict(c2c_ext.Fuser.from_pretrained(tmp_path / name).state_dict()))
+    assert same(fusers[0], fusers[1]) and not same(fusers[0], fusers[2])
+
+
+def test_part_of_the_data_is_held_back_for_evaluation(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert train(place, tmp_path / "x", "--set", "eval_part=0.2", "eval_steps=2") == 0
+    assert "evaluation loss" in capsys.readouterr().out
+    log = json.loads((tmp_path / "x" / "training_log.json").read_text())
+    losses = [entry["eval_loss"] for entry in log["log"] if "eval_loss" in entry]
+    assert log["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+    state = json.loads((checkpoint_path(tmp_path / "x", 4) / "training_state.json").read_text())
+    assert state["run"]["samples"] == 8
+
+
+def test_bad_data_is_refused_or_skipped(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert train(place, tmp_path / "x", data="bad.jsonl") == 2
+    message = capsys.readouterr().err
+    assert "10 conversations, 2 bad lines" in message
+    assert "bad.jsonl, line 11: the line is not valid JSON" in message
+    assert "bad.jsonl, line 12: no message is the assistant's" in message
+    assert not (tmp_path / "x").exists()
+    options = ("--bad-data", "skip", "--set", "max_steps=1")
+    assert train(place, tmp_path / "x", *options, data="bad.jsonl") == 0
+    assert "10 conversations, 2 bad lines skipped" in capsys.readouterr().err
+
+
+def test_a_dry_run_loads_nothing(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for side in ("receiver", "sharer"):  # configurations alone
+        (tmp_path / side).mkdir()
+        shutil.copy(place / side / "config.json", tmp_path / side)
+    for name in ("talks.jsonl", "recipe.yaml"):
+        shutil.copy(place / name, tmp_path)
+    ceilings = Ceilings("cpu", 1e9, {torch.float32: 1e9})
+    monkeypatch.setattr(dry_run, "measured_ceilings", lambda recipe: ceilings)
+    assert train(tmp_path, tmp_path / "x", "--dry-run") == 0
+    assert not (tmp_path / "x").exists()
+    out = capsys.readouterr().out
+    receiver, sharer = tiny_models.receiver_model(), tiny_models.sharer_model()
+    config = c2c_ext.FuserConfig.for_models(receiver.config, sharer.config, hidden_size=16)
+    assert f"{config.num_parameters():,} parameters in 6 streams" in out
+    assert f"receiver {receiver.num_parameters():,}, sharer {sharer.num_parameters():,}" in out
+    assert "10 samples, 4 steps of 4" in out and "2 x 2 samples on each of 1 processes" in out
+    for line in ("memory  ", "  AdamW state", "time of a step", "time in all"):
+        assert f"\n{line}" in out
+    assert "unknown" not in out
+
+
+def test_a_plan_counts_what_training_allocates() -> None:
+    """Against the tensors themselves: parameters, gradients, optimizer."""
+    from c2c_ext.facts import read_model
+    from c2c_ext.training.recipes import PUBLISHED
+
+    golden = Path(__file__).parent / "golden" / "e2e"
+    facts = {
+        side: read_model(golden / n)
+        for side, n in (("receiver", "receiver"), ("sharer", "sharer1"))
+    }
+    recipe = PUBLISHED.changed({"hidden_size": 16, "dtype": "fp32", "max_tokens": 32})
+    config = recipe.fuser_config(facts["receiver"].config, facts["sharer"].config)
+    planned = dry_run.plan(recipe, config, **facts, samples=1000)
+    fuser = c2c_ext.Fuser(config)
+    own = sum(p.nbytes for p in fuser.parameters())
+    assert planned["memory_bytes"]["fuser parameters"] == own
+    assert planned["memory_bytes"]["AdamW state"] == 2 * own
+    assert (planned["steps"], planned["passes_per_step"]) == (4, 32)
+    assert planned["seconds"] is None
+    slow, fast = (
+        dry_run.plan(
+            recipe, config, **facts, samples=1000, ceilings=Ceilings("x", 1.0, {torch.float32: r})
+        )
+        for r in (1e6, 1e9)
+    )
+    assert slow["seconds"] == pytest.approx(1000 * fast["seconds"])
+    assert slow["seconds"] == pytest.approx(4 * slow["seconds_per_step"])
+
+
+def test_a_sweep_compares_every_combination(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    grid = ("lr=[1e-3, 0.3]", "layer_map=[last_aligned, [0, 0, 4]]")
+    options = ("--set", "eval_part=0.2", "max_steps=2", "--sweep", *grid)
+    assert train(place, tmp_path / "x", *options) == 0
+    rows = json.loads((tmp_path / "x" / "sweep.json").read_text())["runs"]
+    settings = [(row["settings"]["lr"], str(row["settings"]["layer_map"])) for row in rows]
+    assert len(set(settings)) == 4
+    losses = [row["eval_loss"] for row in rows]
+    assert losses == sorted(losses) and len(set(losses)) == 4
+    table = (tmp_path / "x" / "sweep.md").read_text()
+    assert table in capsys.readouterr().out
+    assert table.startswith("| run | lr | layer_map | evaluation loss |")
+    for row in rows:
+        fuser = c2c_ext.Fuser.from_pretrained(tmp_path / "x" / row["run"])
+        assert row["settings"]["layer_map"] in ("last_aligned", list(fuser.config.layer_map))
+
+
+def test_a_diverging_loss_ends_with_status_1(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = C2CTrainingModel.forward
+
+    def spoilt(self: C2CTrainingModel, *args: object, **kwargs: object) -> object:
+        output = forward(self, *args, **kwargs)
+        if self.step == 2:
+            output.loss = output.loss * torch.nan
+        return output
+
+    monkeypatch.setattr(C2CTrainingModel, "forward", spoilt)
+    assert train(place, tmp_path / "x") == 1
+    message = capsys.readouterr().err
+    assert "training stopped in step 3: the loss is nan" in message
+    assert "talks.jsonl, line " in message and "checkpoint-2" in message
+    assert train(place, tmp_path / "y", "--sweep", "lr=[0.1, 0.2]") == 1
+    assert "diverged in step 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config", "best"], "--config: there is no file best, and no recipe of that name"),
+        (["--set", "lr"], "--set: must be KEY=VALUE, got 'lr'"),
+        (["--set", "lr=x"], "--set: recipe: lr must be of type float, got 'x'"),
+        (["--set", "lr=["], "--set: lr: '[' is not a value"),
+        (["--set", "rate=1"], "--set: unknown key rate; known are"),
+        (["--set", "layer_map=[0, 9, 0]"], "9"),
+        (["--set", "micro_batch=3"], "batch (4) must be a multiple of micro_batch (3)"),
+        (["--set", "max_tokens=5"], "must have at most 5 tokens, has 9"),
+        (["--set", "eval_part=0.01"], "eval_part 0.01 of 10 samples leaves 0 to evaluate on"),
+        (["--sweep", "lr=0.1"], "--sweep: lr must be a list of values, got 0.1"),
+        (["--sweep", "lr=[]"], "--sweep: lr must be a list of values, got []"),
+        (["--sweep", "dtype=[fp32]"], "--sweep: 'dtype' cannot be swept; what can is lr,"),
+        (["--sweep", "lr=[0.1, x]"], "--sweep: recipe: lr must be of type float, got 'x'"),
+        (["--sweep", f"seed={list(range(65))}"], "must be at most 64 runs, these are 65"),
+        (["--sweep", "lr=[0.1]", "--resume"], "--resume goes on with one run, not with a --sweep"),
+        (["--receiver", "/nowhere"], "no model at /nowhere"),
+        (["--data", "/nowhere.jsonl"], "/nowhere.jsonl is missing or not a regular file"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str], message: str
+) -> None:
+    assert train(place, tmp_path / "x", *options) == 2
+    captured = capsys.readouterr()
+    assert "c2c train: " in captured.err and message in captured.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_models_must_read_the_same_tokens(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    other = tmp_path / "sharer"
+    shutil.copytree(place / "sharer", other)
+    letter_tokenizer().save_pretrained(other)
+    assert train(place, tmp_path / "x", "--sharer", str(other)) == 2
+    assert "the tokenizers differ: " in capsys.readouterr().err
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (other / name).unlink()
+    assert train(place, tmp_path / "x", "--sharer", str(other)) == 2
+    assert f"--sharer: {other} has no tokenizer that can be read" in capsys.readouterr().err
+
+
+def test_output_must_be_a_directory(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "x").write_text("")
+    assert train(place, tmp_path / "x") == 2
+    assert "--output: " in capsys.readouterr().err
+
+
+def test_training_says_that_accelerate_is_missing(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert train(place, tmp_path / "x") == 2
+    assert "training needs the accelerate library: pip install" in capsys.readouterr().err
