@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from c2c_ext import Fuser
 from c2c_ext.training.checkpoint import checkpoint_path, checkpoints
 from c2c_ext.training.collator import ChatCollator
+from c2c_ext.training.sharding import shard_frozen_models
 from c2c_ext.training.trainer import C2CTrainer, NonFiniteError, training_arguments
 
 
@@ -167,6 +168,24 @@ def test_evaluation_keeps_the_best_fuser(tmp_path: Path) -> None:
     assert f"checkpoint-{best}" in names and len(names) <= 2
 
 
+@pytest.mark.parametrize(
+    ("save", "evaluate", "steps", "expected"),
+    [
+        (500, 0, 10, (10, 10)),
+        (5, 0, 10, (5, 5)),
+        (5, 2, 10, (4, 2)),
+        (2, 5, 10, (5, 5)),
+        (500, 7, 5, (5, 5)),
+    ],
+)
+def test_a_checkpoint_is_evaluated(
+    tmp_path: Path, save: int, evaluate: int, steps: int, expected: tuple[int, int]
+) -> None:
+    recipe = replace(RECIPE, save_steps=save, eval_steps=evaluate, max_steps=steps)
+    arguments = training_arguments(recipe, tmp_path, samples=SAMPLES, evaluated=True)
+    assert (arguments.save_steps, arguments.eval_steps) == expected
+
+
 def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     tiny_trainer(tmp_path, replace(RECIPE, max_steps=6, save_steps=2, keep=2)).train()
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
@@ -267,11 +286,11 @@ def test_bfloat16_autocast_trains_float32_parameters(tmp_path: Path) -> None:
 
 
 def test_two_processes_equal_one_but_for_rounding(tmp_path: Path) -> None:
-    """Noise per token is keyed by sample; per stream it is the same everywhere."""
+    """Also with the frozen models' layers spread over both. Noise is keyed by sample."""
     folder = Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
-        [*command, str(folder / "ddp_worker.py"), str(tmp_path / "two")],
+        [*command, str(folder / "ddp_worker.py"), str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -279,8 +298,14 @@ def test_two_processes_equal_one_but_for_rounding(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     trainer = tiny_trainer(tmp_path / "one", DDP_RECIPE)
     trainer.train()
-    two = Fuser.from_pretrained(checkpoint_path(tmp_path / "two", 3)).state_dict()
     start = training_model().fuser.state_dict()
-    for name, tensor in trainer.fuser.state_dict().items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=2e-5)
-        assert float((tensor - start[name]).abs().max()) > 1e-3
+    for name in ("whole", "sharded"):
+        two = Fuser.from_pretrained(checkpoint_path(tmp_path / name, 3)).state_dict()
+        for parameter, tensor in trainer.fuser.state_dict().items():
+            torch.testing.assert_close(two[parameter], tensor, rtol=1e-4, atol=2e-5)
+            assert float((tensor - start[parameter]).abs().max()) > 1e-3
+
+
+def test_sharding_needs_processes() -> None:
+    with pytest.raises(RuntimeError, match="start them by torchrun"):
+        shard_frozen_models(training_model())

@@ -117,6 +117,7 @@ class Recipe:
     backend: str = "op"
     recompute: bool = False
     gradient_checkpointing: bool = False
+    shard_models: bool = False
     prefill_chunk: int = 0
     log_steps: int = 10
     eval_steps: int = 0

@@ -22,12 +22,13 @@ from .collator import ChatCollator, ChatDataset, Encoder
 from .data import file_digest, read_conversations
 from .model import C2CTrainingModel
 from .recipes import TORCH_DTYPES, Recipe
+from .sharding import shard_frozen_models
 
 RECIPE_NAME = "recipe.yaml"
 LOG_NAME = "training_log.json"
 # What a run may be resumed with other values of: none of it changes what is computed.
 FREE_ON_RESUME = (
-    *("device", "backend", "recompute", "gradient_checkpointing", "prefill_chunk"),
+    *("device", "backend", "recompute", "gradient_checkpointing", "prefill_chunk", "shard_models"),
     *("log_steps", "eval_steps", "save_steps", "keep", "report_to", "bad_data"),
 )
 
@@ -121,6 +122,14 @@ def run_once(setup: Setup, recipe: Recipe, output: Path, *, resume: bool = False
     """
     from .trainer import C2CTrainer, training_arguments
 
+    arguments = training_arguments(
+        recipe,
+        output,
+        samples=len(setup.train),
+        evaluated=setup.evaluation is not None,
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        disable_tqdm=not sys.stderr.isatty(),  # lines instead
+    )
     fuser = new_fuser(recipe, setup.receiver.config, setup.sharer.config)
     model = C2CTrainingModel(
         setup.receiver,
@@ -134,14 +143,9 @@ def run_once(setup: Setup, recipe: Recipe, output: Path, *, resume: bool = False
     )
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    arguments = training_arguments(
-        recipe,
-        output,
-        samples=len(setup.train),
-        evaluated=setup.evaluation is not None,
-        processes=int(os.environ.get("WORLD_SIZE", "1")),
-        disable_tqdm=not sys.stderr.isatty(),  # lines instead
-    )
+    if recipe.shard_models:
+        _ = arguments.device  # which starts the process group
+        shard_frozen_models(model)
     settings = {k: v for k, v in recipe.to_dict().items() if k not in FREE_ON_RESUME}
     trainer = C2CTrainer(
         model,

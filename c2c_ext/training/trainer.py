@@ -347,8 +347,9 @@ def training_arguments(
     micro, passes = recipe.micro_batches(processes)
     steps = recipe.steps(samples)
     every = min(recipe.save_steps, steps)
-    if evaluated and recipe.eval_steps:
-        every = max(every // recipe.eval_steps, 1) * recipe.eval_steps
+    evaluations = min(recipe.eval_steps or every, steps)
+    if evaluated:  # a checkpoint that may be the best is one that was evaluated
+        every = max(every // evaluations, 1) * evaluations
     linear = recipe.schedule == "linear"
     if recipe.lr_end and linear:
         name, extra = "polynomial", {"lr_end": recipe.lr * recipe.lr_end, "power": 1.0}
@@ -379,7 +380,7 @@ def training_arguments(
         "save_steps": every,
         "save_total_limit": recipe.keep,
         "eval_strategy": "steps" if evaluated else "no",
-        "eval_steps": min(recipe.eval_steps or every, steps) if evaluated else None,
+        "eval_steps": evaluations if evaluated else None,
         "load_best_model_at_end": evaluated,
         "metric_for_best_model": "eval_loss" if evaluated else None,
         "greater_is_better": False if evaluated else None,
