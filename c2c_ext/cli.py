@@ -92,6 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--bad-data", choices=("refuse", "skip"), help="what to do about bad lines (refuse)"
     )
     train.add_argument(
+        "--prompt-caches",
+        metavar="DIR",
+        help="keep what both models prefill there; written if it is not there",
+    )
+    train.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint in --output"
     )
     train.add_argument(
@@ -157,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 changes=options.set,
                 eval_data=options.eval_data,
                 bad_data=options.bad_data,
+                prompt_caches=options.prompt_caches,
                 resume=options.resume,
                 dry=options.dry_run,
                 sweep=options.sweep,

@@ -119,6 +119,34 @@ def test_part_of_the_data_is_held_back_for_evaluation(
     assert state["run"]["samples"] == 8
 
 
+def test_prompt_caches_are_written_once_and_take_the_place_of_prefills(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(place / "talks.jsonl", tmp_path / "eval.jsonl")  # the same line numbers
+    options = ("--eval-data", str(tmp_path / "eval.jsonl"))
+    cached = (*options, "--prompt-caches", str(tmp_path / "caches"))
+    assert train(place, tmp_path / "plain", *options) == 0
+    assert train(place, tmp_path / "first", *cached) == 0
+    assert "of prompt caches" in capsys.readouterr().err
+
+    def prefill(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model prefills")
+
+    monkeypatch.setattr("c2c_ext.training.model.prefill", prefill)
+    assert train(place, tmp_path / "second", *cached) == 0
+    assert "of prompt caches" not in capsys.readouterr().err
+    plain, first, second = (
+        dict(c2c_ext.Fuser.from_pretrained(tmp_path / n).state_dict())
+        for n in ("plain", "first", "second")
+    )
+    assert same(first, second)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=1e-4)
+    other = write_lines(tmp_path / "other.jsonl", [{"messages": turns("w7", "w8")}] * 10)
+    assert train(place, tmp_path / "third", *cached, "--data", str(other)) == 2
+    assert "caches/" in capsys.readouterr().err
+
+
 def test_bad_data_is_refused_or_skipped(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

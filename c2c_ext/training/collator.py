@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..messages import shown, shown_name
 from .data import BadData, Conversation
+from .layout import Layout, lay_out
+from .prompt_caches import PromptCaches
 
 IGNORED = -100  # the label of what is not learnt, as transformers has it
 CHAT_TEMPLATES = ("tokenizer", "plain")
@@ -279,6 +281,12 @@ class ChatDataset(Dataset):
         part.samples = [self.samples[i] for i in indices]
         return part
 
+    def numbered_apart(self) -> ChatDataset:
+        """The same with negative sample ids, which no other dataset has."""
+        part = copy.copy(self)
+        part.samples = [replace(sample, number=-sample.number) for sample in self.samples]
+        return part
+
     def place(self, number: int) -> str:
         """How a message names the record that a sample id stands for."""
         return self.bad.place(number)
@@ -296,14 +304,22 @@ class ChatCollator:
         pad_token_id: what the receiver's padding holds; any id will do, it is masked.
         sharer_pad_token_id: the sharer's.
         padding: ``"right"`` or ``"left"``.
+        caches: the receiver's and the sharer's prompt caches of all samples, by sample id; then
+            ``receiver_prefix`` and ``sharer_prefix`` are there too, and neither model prefills.
     """
 
     def __init__(
-        self, pad_token_id: int = 0, sharer_pad_token_id: int = 0, *, padding: str = "right"
+        self,
+        pad_token_id: int = 0,
+        sharer_pad_token_id: int = 0,
+        *,
+        padding: str = "right",
+        caches: tuple[PromptCaches, PromptCaches] | None = None,
     ) -> None:
         if padding not in PADDING:
             raise ValueError(f"padding must be one of {', '.join(PADDING)}, got {shown(padding)}")
         self.pad, self.sharer_pad, self.left = pad_token_id, sharer_pad_token_id, padding == "left"
+        self.caches = caches
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         ids = [sample.input_ids for sample in samples]
@@ -332,6 +348,11 @@ class ChatCollator:
                 places[: len(mapped)] = torch.where(mapped >= 0, mapped + moved, -1)
                 maps.append(places)
             batch["token_map"] = self._rows(maps, -1)
+        if self.caches is not None:
+            receiver, sharer = self.caches
+            numbers, layout = batch["sample_ids"], layout_of(batch)
+            batch["receiver_prefix"] = receiver.read(numbers, layout.receiver_rows())
+            batch["sharer_prefix"] = sharer.read(numbers, layout.sharer_rows())
         return batch
 
     def _rows(self, rows: Sequence[Tensor], fill: int) -> Tensor:
@@ -342,3 +363,8 @@ class ChatCollator:
             start = length - len(row) if self.left else 0
             line[start : start + len(row)] = row
         return out
+
+
+def layout_of(batch: dict[str, Any]) -> Layout:
+    """How `C2CTrainingModel` will cut a batch of `ChatCollator`."""
+    return lay_out(**{name: value for name, value in batch.items() if name != "sample_ids"})

@@ -31,6 +31,7 @@ def run_train(
     changes: Sequence[str] = (),
     eval_data: str | None = None,
     bad_data: str | None = None,
+    prompt_caches: str | None = None,
     resume: bool = False,
     dry: bool = False,
     sweep: Sequence[str] | None = None,
@@ -44,6 +45,7 @@ def run_train(
         config: a recipe's name or a YAML file.
         changes: ``key=value`` of the recipe's fields.
         bad_data: the recipe's field of that name.
+        prompt_caches: a directory of what both models prefill; written if it is not there.
         resume: go on from the last checkpoint in ``output``.
         dry: only say what it would take.
         sweep: ``key=[value, ...]``: train once for every combination and compare.
@@ -69,7 +71,7 @@ def run_train(
         return 0
     _check_trainable(output, resume)
     try:
-        setup = load_setup(recipe, receiver, sharer, data, eval_data)
+        setup = load_setup(recipe, receiver, sharer, data, eval_data, prompt_caches)
     except ImportError as error:
         raise ValueError(str(error)) from error
     if grid is not None:

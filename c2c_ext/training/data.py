@@ -68,7 +68,7 @@ class BadData:
 
     def place(self, number: int) -> str:
         """How a message names record ``number``."""
-        return f"{self.source}, {self.unit} {number}"
+        return f"{self.source}, {self.unit} {abs(number)}"
 
     def lines(self) -> list[str]:
         """The first problems, in the records' order, one sentence each."""

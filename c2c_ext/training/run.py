@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..files import write_atomically
 from ..fuser import Fuser
+from ..info import format_bytes
 from ..messages import shown_name
 from ..model_card import HUB_ID, CardInfo
-from .collator import ChatCollator, ChatDataset, Encoder
+from .collator import ChatCollator, ChatDataset, Encoder, layout_of
 from .data import file_digest, read_conversations
 from .model import C2CTrainingModel
+from .prompt_cache_writer import write_prompt_caches
+from .prompt_caches import PromptCaches
 from .recipes import TORCH_DTYPES, Recipe
-from .sharding import shard_frozen_models
 
 RECIPE_NAME = "recipe.yaml"
 LOG_NAME = "training_log.json"
@@ -55,9 +58,18 @@ class Setup:
 
 
 def load_setup(
-    recipe: Recipe, receiver: str, sharer: str, data: str, eval_data: str | None = None
+    recipe: Recipe,
+    receiver: str,
+    sharer: str,
+    data: str,
+    eval_data: str | None = None,
+    prompt_caches: str | None = None,
 ) -> Setup:
     """Loads tokenizers, data and models, in this order: the cheapest errors come first.
+
+    Args:
+        receiver, sharer, data, eval_data: see `run_train`.
+        prompt_caches: a directory of what both models prefill; made if it is not there.
 
     Raises:
         ValueError, OSError, ImportError: bad data, differing tokenizers, a model that cannot be
@@ -84,7 +96,7 @@ def load_setup(
     fixed: dict[str, Any] = {"data": file_digest(data) if Path(data).is_file() else data}
     evaluation = None
     if eval_data is not None:
-        evaluation = _dataset(recipe, eval_data, encoder)
+        evaluation = _dataset(recipe, eval_data, encoder).numbered_apart()
     elif recipe.eval_part:
         train, evaluation = _split(train, recipe)
     pad = tokenizers["receiver"].pad_token_id or 0
@@ -94,7 +106,11 @@ def load_setup(
         AutoModelForCausalLM.from_pretrained(place, dtype=dtype) for place in (receiver, sharer)
     ]
     names = {"receiver": receiver, "sharer": sharer, "data": data}
-    return Setup(*models, train, evaluation, collator, fixed, names)
+    setup = Setup(*models, train, evaluation, collator, fixed, names)
+    if prompt_caches is not None:
+        collator.caches = _prompt_caches(setup, recipe, Path(prompt_caches))
+        fixed["prompt_caches"] = True
+    return setup
 
 
 def new_fuser(recipe: Recipe, receiver_config: Any, sharer_config: Any) -> Fuser:
@@ -144,6 +160,8 @@ def run_once(setup: Setup, recipe: Recipe, output: Path, *, resume: bool = False
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if recipe.shard_models:
+        from .sharding import shard_frozen_models
+
         _ = arguments.device  # which starts the process group
         shard_frozen_models(model)
     settings = {k: v for k, v in recipe.to_dict().items() if k not in FREE_ON_RESUME}
@@ -180,6 +198,42 @@ def run_once(setup: Setup, recipe: Recipe, output: Path, *, resume: bool = False
         text = json.dumps(log, indent=1) + "\n"
         write_atomically({output / LOG_NAME: lambda path: Path(path).write_text(text, "utf-8")})
     return result
+
+
+def _prompt_caches(
+    setup: Setup, recipe: Recipe, directory: Path
+) -> tuple[PromptCaches, PromptCaches]:
+    """What both models prefill for every sample, from ``directory`` or written there."""
+    places = {side: directory / side for side in ("receiver", "sharer")}
+    missing = [side for side, place in places.items() if not place.exists()]
+    if missing and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"--prompt-caches: {places[missing[0]]} is not there; write the caches with a single "
+            "process first"
+        )
+    samples = [*setup.train.samples, *(setup.evaluation.samples if setup.evaluation else [])]
+    on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
+    for side in missing:
+        model = getattr(setup, side).eval().to("cuda" if on_gpu else "cpu")
+
+        def prompts(side: str = side) -> Iterator[tuple[int, Tensor]]:
+            for sample in samples:
+                layout = layout_of(setup.collator([sample]))
+                (row,) = getattr(layout, f"{side}_rows")()
+                yield sample.number, row
+
+        write_prompt_caches(
+            places[side],
+            model,
+            prompts(),
+            batch_size=recipe.micro_batch,
+            prefill_chunk=recipe.prefill_chunk or None,
+        )
+        if is_first():
+            size = sum(file.stat().st_size for file in places[side].iterdir())
+            print(f"{places[side]}: {format_bytes(size)} of prompt caches", file=sys.stderr)
+    receiver, sharer = (PromptCaches(place, getattr(setup, s)) for s, place in places.items())
+    return receiver, sharer
 
 
 def _card(setup: Setup, recipe: Recipe, result: Mapping[str, Any]) -> CardInfo:

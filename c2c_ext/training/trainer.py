@@ -389,7 +389,6 @@ def training_arguments(
         "remove_unused_columns": False,
         "dataloader_pin_memory": recipe.device != "cpu" and torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,
-        "ddp_broadcast_buffers": False,
         **({"ddp_backend": "gloo"} if processes > 1 and recipe.device == "cpu" else {}),
     }
     return TrainingArguments(**{**settings, **changes})
