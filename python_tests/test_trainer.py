@@ -165,7 +165,20 @@ def test_evaluation_keeps_the_best_fuser(tmp_path: Path) -> None:
     assert same(dict(trainer.fuser.state_dict()), dict(saved.state_dict()))
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
     names = [p.name for p in checkpoints(tmp_path)]
-    assert f"checkpoint-{best}" in names and len(names) <= 2
+    assert f"checkpoint-{best}" in names and len(names) <= 3
+
+
+def test_a_moved_run_is_resumed_with_its_best_checkpoint(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, max_steps=4, eval_steps=2, save_steps=2)
+    evaluation = Samples(6, seed=5)
+    tiny_trainer(tmp_path / "old", recipe, evaluation=evaluation).train()
+    (tmp_path / "old").rename(tmp_path / "new")
+    trainer = tiny_trainer(tmp_path / "new", recipe, evaluation=evaluation)
+    trainer.train(resume_from_checkpoint=True)
+    best = checkpoint_path(tmp_path / "new", trainer.state.best_global_step)
+    assert trainer.state.best_model_checkpoint == str(best)
+    saved = Fuser.from_pretrained(best)
+    assert same(dict(trainer.fuser.state_dict()), dict(saved.state_dict()))
 
 
 @pytest.mark.parametrize(

@@ -337,9 +337,14 @@ def test_a_wrong_generator_state_changes_no_generator(saved: Path) -> None:
         ('{"global_step": 1, "other": 2}', "unknown keys other"),
         ('{"global_step": -1}', "global_step must be a number of steps, got -1"),
         ("{}", "global_step must be a number of steps, got None"),
+        ('{"global_step": 1, "best_global_step": "/x"}', "best_global_step must be a number of"),
+        ('{"global_step": 1, "best_metric": "x"}', "best_metric must be a number, got 'x'"),
+        ('{"global_step": 1, "log_history": [1]}', "log_history must be a list of objects"),
     ],
 )
 def test_a_wrong_trainer_state_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "trainer_state.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_trainer_state(tmp_path, ["global_step"])
+        read_trainer_state(
+            tmp_path, ["global_step", "best_global_step", "best_metric", "log_history"]
+        )

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from c2c_ext import Fuser
 from c2c_ext.training.collator import IGNORED, ChatCollator, Sample
-from c2c_ext.training.model import C2CTrainingModel
+from c2c_ext.training.model import C2CTrainingModel, parameter_groups
 from c2c_ext.training.recipes import PUBLISHED, Recipe
 from c2c_ext.training.trainer import C2CTrainer, training_arguments
 
@@ -105,3 +105,22 @@ def state_of(trainer: C2CTrainer) -> dict[str, Any]:
             if "loss" in entry
         ],
     }
+
+
+def loss_curve(model: C2CTrainingModel, steps: int, *, batch: int = 8, lr: float = 1e-3) -> list:
+    """The loss of every step of a plain AdamW loop over `Samples`: to compare backends with.
+
+    In the fuser's dtype throughout; for float64 curves have models and fuser in it.
+    """
+    samples, collate = Samples(), ChatCollator()
+    optimizer = torch.optim.AdamW(parameter_groups(model.fuser, 0.01), lr=lr)
+    losses = []
+    for step in range(steps):
+        model.step = step
+        rows = [samples[(step * batch + i) % len(samples)] for i in range(batch)]
+        loss = model(**collate(rows)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses

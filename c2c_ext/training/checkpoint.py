@@ -283,10 +283,15 @@ def read_trainer_state(directory: Path, known: Sequence[str]) -> dict[str, Any]:
     unknown = set(map(str, data)) - set(known)
     if unknown:
         raise ValueError(f"{path}: unknown keys {listed(unknown)}; another version's?")
-    if type(data.get("global_step")) is not int or data["global_step"] < 0:
-        raise ValueError(
-            f"{path}: global_step must be a number of steps, got {shown(data.get('global_step'))}"
-        )
+    for key, optional in (("global_step", False), ("best_global_step", True)):
+        value = data.get(key)
+        if not (value is None and optional) and (type(value) is not int or value < 0):
+            raise ValueError(f"{path}: {key} must be a number of steps, got {shown(value)}")
+    if not isinstance(data.get("best_metric"), int | float | None):
+        raise ValueError(f"{path}: best_metric must be a number, got {shown(data['best_metric'])}")
+    history = data.get("log_history", [])
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise ValueError(f"{path}: log_history must be a list of objects")
     return data
 
 

@@ -113,7 +113,7 @@ class C2CTrainer(Trainer):
         )
         # forward divides the loss of every micro-batch by the step's number of response tokens.
         self.model_accepts_loss_kwargs = True
-        self.add_callback(_GradientGuard(self))
+        self.add_callback(_Watch(self))
 
     @property
     def fuser(self) -> Fuser:
@@ -271,10 +271,7 @@ class C2CTrainer(Trainer):
         self.fuser.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
-        # By number: the path that is written in a checkpoint may be from another machine.
-        self._load_from_checkpoint(
-            str(checkpoint_path(self.args.output_dir, self.state.best_global_step))
-        )
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -310,13 +307,21 @@ class C2CTrainer(Trainer):
         return "; ".join(names) or "unknown"
 
 
-class _GradientGuard(TrainerCallback):
-    """Looks at the gradients of a whole step, after clipping, before they reach a parameter."""
+class _Watch(TrainerCallback):
+    """What `C2CTrainer` does at points of training that have no method of their own."""
 
     def __init__(self, trainer: C2CTrainer) -> None:
         self._trainer = trainer
 
+    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        # The path that a resumed checkpoint holds may be from another place or machine.
+        state.best_model_checkpoint = None
+        if state.best_global_step is not None:
+            path = checkpoint_path(args.output_dir, state.best_global_step)
+            state.best_model_checkpoint = str(path) if path.is_dir() else None
+
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        # After clipping and of the whole step: before anything reaches a parameter.
         gradients = [p.grad for p in self._trainer.fuser.parameters() if p.grad is not None]
         if gradients:
             finite = torch.stack([torch.isfinite(g).all() for g in gradients]).all()
@@ -378,7 +383,8 @@ def training_arguments(
         "logging_nan_inf_filter": False,  # they stop the run
         "save_strategy": "steps",
         "save_steps": every,
-        "save_total_limit": recipe.keep,
+        # With 1, transformers deletes all but the best at the end, and not at once.
+        "save_total_limit": max(recipe.keep, 2) if evaluated else recipe.keep,
         "eval_strategy": "steps" if evaluated else "no",
         "eval_steps": evaluations if evaluated else None,
         "load_best_model_at_end": evaluated,
