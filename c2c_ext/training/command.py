@@ -15,10 +15,8 @@ from ..model_card import HUB_ID
 from . import dry_run
 from .checkpoint import checkpoints
 from .recipes import Recipe, load_recipe, parse_value
-from .run import LOG_NAME, RECIPE_NAME, is_first, load_setup, run_once
+from .run import LOG_NAME, RECIPE_NAME, SIDES, is_first, load_setup, run_once
 from .sweep import check_grid, run_sweep
-
-SIDES = ("receiver", "sharer")
 
 
 def run_train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,12 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..files import write_atomically
 from ..fuser import Fuser
@@ -27,6 +33,8 @@ from .prompt_cache_writer import write_prompt_caches
 from .prompt_caches import PromptCaches
 from .recipes import TORCH_DTYPES, Recipe
 
+SIDES = ("receiver", "sharer")
+TOKENIZER_FILE = re.compile("tokenizer|vocab|merges|spiece|sentencepiece")
 RECIPE_NAME = "recipe.yaml"
 LOG_NAME = "training_log.json"
 # What a run may be resumed with other values of: none of it changes what is computed.
@@ -75,15 +83,9 @@ def load_setup(
         ValueError, OSError, ImportError: bad data, differing tokenizers, a model that cannot be
             loaded.
     """
-    tokenizers = {}
-    for side, place in (("receiver", receiver), ("sharer", sharer)):
-        try:
-            tokenizers[side] = AutoTokenizer.from_pretrained(place)
-        except Exception as error:  # transformers raises errors of many kinds
-            text = shown_name(" ".join(str(error).split()), 300)
-            raise ValueError(
-                f"--{side}: {place} has no tokenizer that can be read: {text}"
-            ) from error
+    tokenizers = {
+        side: _tokenizer(side, p) for side, p in zip(SIDES, (receiver, sharer), strict=True)
+    }
     encoder = Encoder(
         tokenizers["receiver"],
         tokenizers["sharer"],
@@ -200,11 +202,22 @@ def run_once(setup: Setup, recipe: Recipe, output: Path, *, resume: bool = False
     return result
 
 
+def _tokenizer(side: str, place: str) -> PreTrainedTokenizerBase:
+    try:
+        # Asked first: transformers 5.0 makes one up where there is none.
+        if Path(place).is_dir() and not any(map(TOKENIZER_FILE.match, os.listdir(place))):
+            raise FileNotFoundError("there is no tokenizer file")
+        return AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # transformers raises errors of many kinds
+        text = shown_name(" ".join(str(error).split()), 300)
+        raise ValueError(f"--{side}: {place} has no tokenizer that can be read: {text}") from error
+
+
 def _prompt_caches(
     setup: Setup, recipe: Recipe, directory: Path
 ) -> tuple[PromptCaches, PromptCaches]:
     """What both models prefill for every sample, from ``directory`` or written there."""
-    places = {side: directory / side for side in ("receiver", "sharer")}
+    places = {side: directory / side for side in SIDES}
     missing = [side for side, place in places.items() if not place.exists()]
     if missing and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +105,15 @@ class C2CTrainer(Trainer):
             )
         self.training_model = model  # also where `model` is wrapped
         self._run, self._ids, self._ids_step = dict(run or {}), [], -1
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            **kwargs,
-        )
+        with _mixed_precision(args.bf16):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                **kwargs,
+            )
         # forward divides the loss of every micro-batch by the step's number of response tokens.
         self.model_accepts_loss_kwargs = True
         self.add_callback(_Watch(self))
@@ -397,4 +400,24 @@ def training_arguments(
         "ddp_find_unused_parameters": False,
         **({"ddp_backend": "gloo"} if processes > 1 and recipe.device == "cpu" else {}),
     }
-    return TrainingArguments(**{**settings, **changes})
+    settings |= changes
+    with _mixed_precision(settings["bf16"]):
+        return TrainingArguments(**settings)
+
+
+@contextmanager
+def _mixed_precision(bf16: bool) -> Iterator[None]:
+    """Within it, accelerate's default is what is asked for.
+
+    transformers before 5 passes it on through this variable and leaves it behind, so that a later
+    run in float32 would go on under autocast.
+    """
+    name = "ACCELERATE_MIXED_PRECISION"
+    before = os.environ.get(name)
+    os.environ[name] = "bf16" if bf16 else "no"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
