@@ -93,6 +93,7 @@ def test_a_run_is_resumed_only_where_asked_and_as_it_was(
     assert train(place, output, "--resume", data="bad.jsonl") == 2
     assert train(place, output, "--resume", "--bad-data", "skip", data="bad.jsonl") == 2
     assert "its data was" in capsys.readouterr().err
+    assert yaml.safe_load((output / "recipe.yaml").read_text())["lr"] == 0.01
     assert train(place, output, "--resume", "--set", "log_steps=2") == 0
     assert same(dict(first), dict(c2c_ext.Fuser.from_pretrained(output).state_dict()))
 

@@ -14,8 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..messages import shown, shown_name
 from .data import BadData, Conversation
-from .layout import Layout, lay_out
-from .prompt_caches import PromptCaches
 
 IGNORED = -100  # the label of what is not learnt, as transformers has it
 CHAT_TEMPLATES = ("tokenizer", "plain")
@@ -304,22 +302,14 @@ class ChatCollator:
         pad_token_id: what the receiver's padding holds; any id will do, it is masked.
         sharer_pad_token_id: the sharer's.
         padding: ``"right"`` or ``"left"``.
-        caches: the receiver's and the sharer's prompt caches of all samples, by sample id; then
-            ``receiver_prefix`` and ``sharer_prefix`` are there too, and neither model prefills.
     """
 
     def __init__(
-        self,
-        pad_token_id: int = 0,
-        sharer_pad_token_id: int = 0,
-        *,
-        padding: str = "right",
-        caches: tuple[PromptCaches, PromptCaches] | None = None,
+        self, pad_token_id: int = 0, sharer_pad_token_id: int = 0, *, padding: str = "right"
     ) -> None:
         if padding not in PADDING:
             raise ValueError(f"padding must be one of {', '.join(PADDING)}, got {shown(padding)}")
         self.pad, self.sharer_pad, self.left = pad_token_id, sharer_pad_token_id, padding == "left"
-        self.caches = caches
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         ids = [sample.input_ids for sample in samples]
@@ -348,11 +338,6 @@ class ChatCollator:
                 places[: len(mapped)] = torch.where(mapped >= 0, mapped + moved, -1)
                 maps.append(places)
             batch["token_map"] = self._rows(maps, -1)
-        if self.caches is not None:
-            receiver, sharer = self.caches
-            numbers, layout = batch["sample_ids"], layout_of(batch)
-            batch["receiver_prefix"] = receiver.read(numbers, layout.receiver_rows())
-            batch["sharer_prefix"] = sharer.read(numbers, layout.sharer_rows())
         return batch
 
     def _rows(self, rows: Sequence[Tensor], fill: int) -> Tensor:
@@ -363,8 +348,3 @@ class ChatCollator:
             start = length - len(row) if self.left else 0
             line[start : start + len(row)] = row
         return out
-
-
-def layout_of(batch: dict[str, Any]) -> Layout:
-    """How `C2CTrainingModel` will cut a batch of `ChatCollator`."""
-    return lay_out(**{name: value for name, value in batch.items() if name != "sample_ids"})

@@ -6,14 +6,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,7 +25,8 @@ from ..fuser import Fuser
 from ..info import format_bytes
 from ..messages import shown_name
 from ..model_card import HUB_ID, CardInfo
-from .collator import ChatCollator, ChatDataset, Encoder, layout_of
+from .cached_collator import CachedCollator, prompts_of
+from .collator import ChatCollator, ChatDataset, Encoder
 from .data import file_digest, read_conversations
 from .model import C2CTrainingModel
 from .prompt_cache_writer import write_prompt_caches
@@ -60,7 +60,7 @@ class Setup:
     sharer: PreTrainedModel
     train: ChatDataset
     evaluation: ChatDataset | None
-    collator: ChatCollator
+    collator: Callable[[Any], dict[str, Any]]
     fixed: dict[str, Any]
     names: dict[str, str]
 
@@ -110,7 +110,8 @@ def load_setup(
     names = {"receiver": receiver, "sharer": sharer, "data": data}
     setup = Setup(*models, train, evaluation, collator, fixed, names)
     if prompt_caches is not None:
-        collator.caches = _prompt_caches(setup, recipe, Path(prompt_caches))
+        caches = _prompt_caches(setup, recipe, Path(prompt_caches))
+        setup.collator = CachedCollator(collator, **caches)
         fixed["prompt_caches"] = True
     return setup
 
@@ -175,7 +176,7 @@ def run_once(setup: Setup, recipe: Recipe, output: Path, *, resume: bool = False
         setup.collator,
         run={**settings, **setup.fixed},
     )
-    if is_first():
+    if is_first() and not (output / RECIPE_NAME).exists():
         text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
         write_atomically({output / RECIPE_NAME: lambda path: Path(path).write_text(text, "utf-8")})
     done = trainer.train(resume_from_checkpoint=resume)
@@ -213,9 +214,7 @@ def _tokenizer(side: str, place: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"--{side}: {place} has no tokenizer that can be read: {text}") from error
 
 
-def _prompt_caches(
-    setup: Setup, recipe: Recipe, directory: Path
-) -> tuple[PromptCaches, PromptCaches]:
+def _prompt_caches(setup: Setup, recipe: Recipe, directory: Path) -> dict[str, PromptCaches]:
     """What both models prefill for every sample, from ``directory`` or written there."""
     places = {side: directory / side for side in SIDES}
     missing = [side for side, place in places.items() if not place.exists()]
@@ -228,25 +227,17 @@ def _prompt_caches(
     on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
     for side in missing:
         model = getattr(setup, side).eval().to("cuda" if on_gpu else "cpu")
-
-        def prompts(side: str = side) -> Iterator[tuple[int, Tensor]]:
-            for sample in samples:
-                layout = layout_of(setup.collator([sample]))
-                (row,) = getattr(layout, f"{side}_rows")()
-                yield sample.number, row
-
         write_prompt_caches(
             places[side],
             model,
-            prompts(),
+            prompts_of((setup.collator([sample]) for sample in samples), side),
             batch_size=recipe.micro_batch,
             prefill_chunk=recipe.prefill_chunk or None,
         )
         if is_first():
             size = sum(file.stat().st_size for file in places[side].iterdir())
             print(f"{places[side]}: {format_bytes(size)} of prompt caches", file=sys.stderr)
-    receiver, sharer = (PromptCaches(place, getattr(setup, s)) for s, place in places.items())
-    return receiver, sharer
+    return {side: PromptCaches(place, getattr(setup, side)) for side, place in places.items()}
 
 
 def _card(setup: Setup, recipe: Recipe, result: Mapping[str, Any]) -> CardInfo:
