@@ -312,3 +312,11 @@ def test_training_says_that_accelerate_is_missing(
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert train(place, tmp_path / "x") == 2
     assert "training needs the accelerate library: pip install" in capsys.readouterr().err
+
+
+def test_a_report_without_its_package_is_refused_at_once(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("c2c_ext.training.command.find_spec", lambda name: None)
+    assert train(place, tmp_path / "x", "--set", "report_to=[wandb]") == 2
+    assert "report_to wandb needs the wandb package, not installed" in capsys.readouterr().err

@@ -86,6 +86,7 @@ def test_a_yaml_file_changes_a_recipe(tmp_path: Path) -> None:
         ("layer_map: [1, x]", r"layer_map must be of type str or list\[int\], got \[1, 'x'\]"),
         ("layer_map: first", "layer_map must be one of last_aligned, k_nearest, depth or a list"),
         ("schedule: step", "schedule must be one of linear, cosine, got 'step'"),
+        ("report_to: [tensorboard, x]", "report_to must be of none, tensorboard, wandb, got 'x'"),
         ("dtype: fp16", "dtype must be one of fp32, bf16, got 'fp16'"),
         ("temperature_end: 0", "end must be above 0"),
         ("gate_sampler: soft", "kind must be one of logistic, gumbel"),

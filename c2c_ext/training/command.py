@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def run_train(
     if dry:
         _print_plan(recipe, fuser_config, facts, data, processes)
         return 0
-    _check_trainable(output, resume)
+    _check_trainable(recipe, output, resume)
     try:
         setup = load_setup(recipe, receiver, sharer, data, eval_data, prompt_caches)
     except ImportError as error:
@@ -129,13 +130,16 @@ def _facts(place: str) -> ModelFacts:
         ) from error
 
 
-def _check_trainable(output: str, resume: bool) -> None:
+def _check_trainable(recipe: Recipe, output: str, resume: bool) -> None:
     try:
         import accelerate  # noqa: F401
     except ImportError:
         raise ValueError(
             "training needs the accelerate library: pip install 'c2c_ext[train]'"
         ) from None
+    for name in ("tensorboard", "wandb"):
+        if name in recipe.report_to and find_spec(name) is None:
+            raise ValueError(f"recipe: report_to {name} needs the {name} package, not installed")
     path = Path(output)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"--output: {path} must be a directory, it is a file")

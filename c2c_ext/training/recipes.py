@@ -24,6 +24,7 @@ SCHEDULES = ("linear", "cosine")
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEVICES = ("auto", "cpu")
 BACKENDS = ("op", "reference")
+REPORTS = ("none", "tensorboard", "wandb")
 LAYER_MAPS = ("last_aligned", "k_nearest", "depth")
 _CHOICES = {
     "schedule": SCHEDULES,
@@ -149,6 +150,12 @@ class Recipe:
                 f"recipe: layer_map must be one of {', '.join(LAYER_MAPS)} or a list with a sharer "
                 f"layer per receiver layer, got {shown(self.layer_map)}"
             )
+        reports = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        for name in reports:
+            if name not in REPORTS:
+                raise ValueError(
+                    f"recipe: report_to must be of {', '.join(REPORTS)}, got {shown(name)}"
+                )
         self.sampler()
 
     def changed(self, changes: Mapping[str, Any], where: str = "recipe") -> Recipe:
