@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 
 import emulated
 import golden_data
@@ -244,10 +245,11 @@ def test_token_map(batches, dtype, order):
         for n, source in enumerate(row):
             if 0 <= source < 9:
                 continue
-            for pair, own, above in zip(fused, step.base, step.cotangents, strict=True):
-                assert same_bits(pair[0][i, :, n], own[0][i, :, n])
-                assert same_bits(gradients["base.0.1"][i, :, n], step.cotangents[0][1][i, :, n])
-                assert above[0].shape == own[0].shape
+            for layer, kind in itertools.product(range(2), range(2)):
+                above = step.cotangents[layer][kind]
+                sent_back = gradients[f"base.{layer}.{kind}"]
+                assert same_bits(fused[layer][kind][i, :, n], step.base[layer][kind][i, :, n])
+                assert same_bits(sent_back[i, :, n], above[i, :, n])
         for unread in set(range(9)) - set(row):
             assert not gradients["sharer.0.0"][i, :, unread].any()
 
