@@ -23,6 +23,7 @@ from .model_kv import ModelKV
 from .ops import _C, kernels_missing
 from .packed import VECTORS, fold_stream, sum_dtype, to_panels
 from .parameters import group_parameter_shapes
+from .training_op import saved_bytes
 
 # Of csrc/cpu/fuse_cpu.cpp: more tokens than fit into this are fused in chunks.
 SCRATCH_BYTES_PER_THREAD = 8 << 20
@@ -221,11 +222,21 @@ def _equal_part(count: int, most: int) -> int:
     return -(-count // parts)
 
 
-def activation_bytes(config: FuserConfig, work: Workload) -> int:
+def activation_bytes(
+    config: FuserConfig, work: Workload, *, recompute: bool = False, compiled: bool | None = None
+) -> int:
     """What autograd keeps of one training step's fusion, parameters and caches not counted.
 
-    All streams through the reference, with soft gates and the configuration's dropout.
+    All streams, with soft gates and the configuration's dropout.
+
+    Args:
+        recompute: the fusion is computed again in the backward.
+        compiled: by the training op, or by the reference; None: as the variant goes.
     """
+    if recompute:
+        return 0
+    if compiled or (compiled is None and config.uncompiled_reason() is None):
+        return work.rows * saved_bytes(config, work.dtype)
     return sum(
         streams * per_stream for streams, per_stream in _saved_by_group(config, work, training=True)
     )
@@ -267,10 +278,11 @@ def training_memory(
     *,
     receiver: ModelSizes | None,
     sharer: ModelSizes | None,
+    recompute: bool = False,
 ) -> dict[str, int | None]:
     """Bytes by what they hold during one training step of the fuser with AdamW; None: unknown.
 
-    The receiver's own activations over the answer are not counted.
+    The receiver's own activations over the answer and scratch are not counted.
     """
     parameters = config.num_parameters() * TRAINING_DTYPE.itemsize
     cache = cache_bytes(config.receiver, work)
@@ -280,7 +292,7 @@ def training_memory(
         "fuser parameters": parameters,
         "gradients": parameters,
         "AdamW state": 2 * parameters,
-        "fuser activations": activation_bytes(config, work),
+        "fuser activations": activation_bytes(config, work, recompute=recompute),
         "receiver cache": cache,
         "sharer cache": cache_bytes(config.sharer, work),
         "fused cache": cache,

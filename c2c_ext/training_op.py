@@ -17,6 +17,7 @@ from .config import KINDS
 from .packed import sum_dtype
 
 if TYPE_CHECKING:
+    from .config import FuserConfig
     from .fuser import Fuser, FuserGroup
 
 __all__ = ["fuse_training", "op_missing", "saved_bytes"]
@@ -141,12 +142,12 @@ def op_missing(fuser: Fuser, device: torch.device) -> str | None:
     return reason
 
 
-def saved_bytes(fuser: Fuser, dtype: torch.dtype) -> int:
+def saved_bytes(config: FuserConfig, dtype: torch.dtype) -> int:
     """Bytes per token that `fuse_training` saves for the backward without ``recompute``.
 
     All streams together, for caches of ``dtype``; beside them only the op's inputs are kept alive.
     """
-    c, total = fuser.config, 0
+    c, total = config, 0
     for layers in c.shape_groups():
         _, receiver = c.layer_shapes(layers[0])
         per_stream = c.hidden_size * c.depth + c.intermediate_size * (c.depth - 1) + receiver.width

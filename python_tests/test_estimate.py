@@ -178,10 +178,14 @@ def test_activation_bytes_are_what_autograd_keeps(shape, dtype, dropout):
     config = config_of(shape, dropout=dropout)
     work = Workload(2, 5, dtype)
     expected = kept_by_autograd(config, work)
-    estimated = estimate.activation_bytes(config, work)
+    estimated = estimate.activation_bytes(config, work, compiled=False)
     assert estimated == expected
     larger = Workload(2, 10, dtype)
-    assert estimate.activation_bytes(config, larger) == kept_by_autograd(config, larger) > expected
+    kept = kept_by_autograd(config, larger)
+    assert estimate.activation_bytes(config, larger, compiled=False) == kept > expected
+    if config.uncompiled_reason() is None:
+        assert estimate.activation_bytes(config, work) < estimated
+    assert estimate.activation_bytes(config, work, recompute=True) == 0
 
 
 def test_memory_of_the_real_shape():

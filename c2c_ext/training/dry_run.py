@@ -43,7 +43,9 @@ def plan(
     """
     micro, passes = recipe.micro_batches(processes)
     work = Workload(micro, recipe.max_tokens, TORCH_DTYPES[recipe.dtype])
-    memory = estimate.training_memory(config, work, receiver=receiver.sizes, sharer=sharer.sizes)
+    memory = estimate.training_memory(
+        config, work, receiver=receiver.sizes, sharer=sharer.sizes, recompute=recipe.recompute
+    )
     steps = recipe.max_steps or None if samples is None else recipe.steps(samples)
     per_pass = None
     if ceilings is not None and not (receiver.experts or sharer.experts):
