@@ -91,7 +91,10 @@ def test_saved_bytes_are_what_is_saved():
     for changes in ({}, {"weighting": False}, {"depth": 6, "kinds": ("key",)}):
         fuser, base, sharer = make_case(torch.float32, **changes)
         inputs = {t.data_ptr() for t in (*flat(base), *flat(sharer), *fuser.parameters())}
-        for recompute, expected in ((False, 10 * saved_bytes(fuser.config, torch.float32)), (True, 0)):
+        for recompute, expected in (
+            (False, 10 * saved_bytes(fuser.config, torch.float32)),
+            (True, 0),
+        ):
             seen = {}
 
             def pack(t, seen=seen, inputs=inputs):
