@@ -167,7 +167,7 @@ class TrainCase:
             plain = self.plain[name].to(self.dtype)
             ours = found[name].to(self.dtype)
             what = f"{provider}, {name}"
-            # torch.compile's sums are plain PyTorch's in another order, also where they are worse.
+            # torch.compile is plain PyTorch with sums in another, sometimes less exact order.
             is_plain = provider in (BASELINE, "compiled")
             compared.append(compare(ours, [plain], truth, what, is_plain=is_plain))
         return worst(compared)

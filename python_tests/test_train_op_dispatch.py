@@ -11,9 +11,6 @@ import torch._dynamo.testing
 from conftest import (
     cast,
     flat,
-    make_caches,
-    make_config,
-    make_fuser,
     max_abs,
     relative_error,
     same_bits,
@@ -21,53 +18,22 @@ from conftest import (
 from train_op_checks import (
     TOKEN_MAP,
     cotangents,
+    make_train_case,
+    op_arguments,
     run_op,
-    run_with_gradients,
     soft_gates,
     truth_of,
 )
-from variants import UNCOMPILED
 
 import c2c_ext
 from c2c_ext import reference
-from c2c_ext.training_op import ARGUMENTS, PARAMETERS, fuse_training, op_missing, saved_bytes
-
-
-def make_case(dtype=torch.float64, device="cpu", tokens=5, sharer_tokens=6, **changes):
-    config = make_config(**changes)
-    fuser = make_fuser(config, device=device)
-    if dtype == torch.float64:
-        fuser = fuser.double()
-    return fuser, *make_caches(config, 2, tokens, sharer_tokens, dtype, device)
-
-
-def op_arguments(fuser, base, sharer, gate=None, token_map=None, **changes):
-    """The op's arguments for the fuser's only shape group."""
-    (group,) = fuser.groups
-    sources = [sharer[layer] for layer in fuser.config.layer_map]
-    values = {
-        "base": flat(base),
-        "sharer": flat(sources),
-        "token_map": token_map,
-        "gate": gate,
-        **{name: getattr(group, name, None) for name in PARAMETERS},
-        "activation": fuser.config.activation,
-        "integration": fuser.config.integration,
-        "reads_receiver": fuser.config.reads == "both",
-        "dropout": 0.0,
-        "seed": 0,
-        "offset": 0,
-        "recompute": False,
-        **changes,
-    }
-    assert tuple(values) == ARGUMENTS
-    return tuple(values.values())
+from c2c_ext.training_op import fuse_training, saved_bytes
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"weighting": False, "depth": 4}])
 def test_opcheck(changes, recompute):
-    fuser, base, sharer = make_case(torch.float32, **changes)
+    fuser, base, sharer = make_train_case(torch.float32, **changes)
     for t in flat(base) + flat(sharer):
         t.requires_grad_()
     gate = torch.rand(4, 1, 2, 5).requires_grad_()
@@ -89,7 +55,7 @@ def test_opcheck(changes, recompute):
 
 def test_saved_bytes_are_what_is_saved():
     for changes in ({}, {"weighting": False}, {"depth": 6, "kinds": ("key",)}):
-        fuser, base, sharer = make_case(torch.float32, **changes)
+        fuser, base, sharer = make_train_case(torch.float32, **changes)
         inputs = {t.data_ptr() for t in (*flat(base), *flat(sharer), *fuser.parameters())}
         for recompute, expected in (
             (False, 10 * saved_bytes(fuser.config, torch.float32)),
@@ -109,7 +75,7 @@ def test_saved_bytes_are_what_is_saved():
 
 
 def test_gradient_of_a_gradient_is_refused():
-    fuser, base, sharer = make_case()
+    fuser, base, sharer = make_train_case()
     leaf = base[0][0].requires_grad_()
     out = fuse_training(base, sharer, fuser, token_map=TOKEN_MAP)
     (grad,) = torch.autograd.grad(out[0][0].square().sum(), leaf, create_graph=True)
@@ -119,7 +85,7 @@ def test_gradient_of_a_gradient_is_refused():
 
 
 def test_second_backward_needs_retain_graph():
-    fuser, base, sharer = make_case()
+    fuser, base, sharer = make_train_case()
     out = fuse_training(base, sharer, fuser, token_map=TOKEN_MAP)[0][0].sum()
     out.backward(retain_graph=True)
     first = fuser.groups[0].in_weight.grad.clone()
@@ -130,7 +96,7 @@ def test_second_backward_needs_retain_graph():
 
 
 def test_input_changed_before_backward_is_refused():
-    fuser, base, sharer = make_case()
+    fuser, base, sharer = make_train_case()
     out = fuse_training(base, sharer, fuser, token_map=TOKEN_MAP)[0][0].sum()
     with torch.no_grad():
         fuser.groups[0].in_weight.add_(1.0)
@@ -139,7 +105,7 @@ def test_input_changed_before_backward_is_refused():
 
 
 def test_no_grad_and_inference_mode_record_nothing():
-    fuser, base, sharer = make_case()
+    fuser, base, sharer = make_train_case()
     expected = flat(fuse_training(base, sharer, fuser, token_map=TOKEN_MAP))
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -162,7 +128,7 @@ def training_step(fuser, base, sharer, noise, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_compiled_training_step_equals_eager(dtype):
     torch._dynamo.reset()
-    fuser, base, sharer = make_case(dtype)
+    fuser, base, sharer = make_train_case(dtype)
     compiled_fuser = copy.deepcopy(fuser)
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     step = torch.compile(training_step, fullgraph=True, backend=graphs)
@@ -181,7 +147,7 @@ def test_compiled_training_step_equals_eager(dtype):
 
 def test_compiled_fuse_with_gradients_equals_eager():
     torch._dynamo.reset()
-    fuser, base, sharer = make_case(torch.float32)
+    fuser, base, sharer = make_train_case(torch.float32)
 
     def loss(fuser, base, sharer):
         fused = c2c_ext.fuse(base, sharer, fuser, token_map=TOKEN_MAP.clamp(max=5))
@@ -200,7 +166,7 @@ def test_compiled_fuse_with_gradients_equals_eager():
 @pytest.mark.parametrize("caches", ["same", "float32"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_autocast_runs_in_its_dtype_with_float32_parameters(dtype, caches):
-    fuser, base, sharer = make_case(dtype)
+    fuser, base, sharer = make_train_case(dtype)
     expected = run_op(fuser, base, sharer, token_map=TOKEN_MAP)
     if caches == "float32":
         base, sharer = cast(base, torch.float32), cast(sharer, torch.float32)
@@ -227,7 +193,7 @@ def threads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_same_bits_whatever_the_threads_and_with_recompute(dtype, threads):
     # Products of more than one block, and sums that a product could split among threads.
-    fuser, base, sharer = make_case(
+    fuser, base, sharer = make_train_case(
         dtype, tokens=301, sharer_tokens=301, hidden_size=520, intermediate_size=96
     )
     gates = soft_gates(base)
@@ -267,7 +233,7 @@ def test_philox_known_answers():
 @pytest.mark.parametrize(("seed", "offset"), [(3, 0), (-7, 1 << 40)])
 @pytest.mark.parametrize("hidden", [16, 13])
 def test_dropout_equals_reference_with_the_same_mask(hidden, seed, offset, monkeypatch):
-    fuser, base, sharer = make_case(hidden_size=hidden, depth=4)
+    fuser, base, sharer = make_train_case(hidden_size=hidden, depth=4)
     p, streams, rows, blocks = 0.4, 4, 10, 4
     groups = -(-hidden // 4)
     count = blocks * streams * rows * groups
@@ -294,7 +260,7 @@ def test_dropout_equals_reference_with_the_same_mask(hidden, seed, offset, monke
 
 
 def test_seed_and_offset_choose_the_mask():
-    fuser, base, sharer = make_case(torch.float32)
+    fuser, base, sharer = make_train_case(torch.float32)
 
     def run(seed, offset):
         return run_op(fuser, base, sharer, dropout=0.5, seed=seed, offset=offset)
@@ -307,115 +273,3 @@ def test_seed_and_offset_choose_the_mask():
     mean = torch.stack([run(seed, 0)["out[0]"] for seed in range(400)]).mean(0)
     change = (plain["out[0]"] - base[0][0]).abs().mean()
     assert (mean - plain["out[0]"]).abs().mean() < 0.2 * change
-
-
-# ---- refusals ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("argument", "change", "message"),
-    [
-        ("base", lambda v: [], "base must have at least one entry"),
-        ("base", lambda v: [v[0].int(), *v[1:]], r"base\[0\] must be float64, float32"),
-        ("base", lambda v: [*v[:3], v[3].float()], r"base\[3\] must have the dtype of base\[0\]"),
-        ("base", lambda v: [*v[:3], v[3][:, :, :4]], r"base\[3\] dim 2 must equal 5 .* got 4"),
-        ("sharer", lambda v: v[:3], "sharer must have 4 entries .* got 3"),
-        ("sharer", lambda v: [*v[:3], v[3][0]], r"sharer\[3\] must have 4 dimensions, got 3"),
-        ("sharer", lambda v: [t[:, :, :4] for t in v], r"sharer\[0\] dim 2 \(tokens\) must be at "),
-        ("token_map", lambda v: TOKEN_MAP.int(), "token_map must be int64"),
-        ("token_map", lambda v: TOKEN_MAP[:, :4], "token_map dim 1 must equal 5 .* got 4"),
-        ("token_map", lambda v: TOKEN_MAP[None], r"token_map must be \[N\] or \[B, N\], got 3"),
-        ("gate", lambda v: torch.ones(4, 1, 1, 1), "gate must be float64 for float64 caches"),
-        ("gate", lambda v: torch.ones(3, 1, 1, 1).double(), "gate dim 0 must equal 4 .* got 3"),
-        ("gate", lambda v: torch.ones(4, 1, 3, 1).double(), "gate dim 2 must be 1 or 2 .* got 3"),
-        ("in_weight", lambda v: v[:, :, 1:], "in_weight dim 2 must equal 20 .* got 19"),
-        ("in_weight", lambda v: v.int(), "in_weight must be float64, float32, .* got another"),
-        ("in_bias", lambda v: v[0], "in_bias must have 2 dimensions, got 1"),
-        ("proj_w1", lambda v: v[:, :0], r"proj_w1 dim 1 \(blocks\) must be in 1..1024, got 0"),
-        ("proj_w2", lambda v: v[..., 1:], "proj_w2 dim 3 must equal 24 .* got 23"),
-        ("weight_w1", lambda v: None, "weight_w1 must be given if and only if weight_norm is"),
-        ("head_bias", lambda v: v[:, :1], "head_bias dim 1 must equal 2 .* got 1"),
-        ("activation", lambda v: "tanh", "activation must be gelu, relu or silu, got tanh"),
-        ("integration", lambda v: "sum", "integration must be residual, .* got sum"),
-        ("reads_receiver", lambda v: False, "in_weight dim 2 must equal 4 .* got 20"),
-        ("dropout", lambda v: 1.0, r"dropout must be in \[0, 1\), got 1"),
-        ("dropout", lambda v: float("nan"), r"dropout must be in \[0, 1\), got nan"),
-    ],
-)
-def test_bad_arguments_are_refused(argument, change, message):
-    fuser, base, sharer = make_case()
-    arguments = dict(zip(ARGUMENTS, op_arguments(fuser, base, sharer), strict=True))
-    arguments[argument] = change(arguments[argument])
-    with torch.no_grad(), pytest.raises(RuntimeError, match="c2c_ext.fuse: " + message):
-        torch.ops.c2c.fuse(*arguments.values())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"grad_out": lambda v: v[:2]}, "grad_out must have 4 entries .* got 2"),
-        ({"grad_out": lambda v: [v[0].mT, *v[1:]]}, r"grad_out\[0\] dim 2 must equal 5"),
-        ({"grad_out": lambda v: [v[0].float(), *v[1:]]}, r"grad_out\[0\] must have the dtype"),
-        ({"saved": lambda v: v[1:]}, "saved must have 8 entries, as forward returned, got 7"),
-        ({"saved": lambda v: [v[0][:, 1:], *v[1:]]}, r"saved\[0\] dim 1 must equal 10 .* got 9"),
-        ({"saved": lambda v: [v[0].mT.contiguous().mT, *v[1:]]}, r"saved\[0\] must be contiguous"),
-        ({"needed": lambda v: v[1:]}, "needed must have 18 entries, got 17"),
-        ({"needed": lambda v: [True] * 18}, "needed must not want gate without one"),
-    ],
-)
-def test_bad_backward_arguments_are_refused(change, message):
-    fuser, base, sharer = make_case()
-    arguments = op_arguments(fuser, base, sharer)
-    with torch.no_grad():
-        _, saved = torch.ops.c2c.fuse(*arguments)
-    parts = {"grad_out": flat(base), "saved": saved, "needed": [False] * 18}
-    for name, function in change.items():
-        parts[name] = function(parts[name])
-    with torch.no_grad(), pytest.raises(RuntimeError, match="c2c_ext.fuse: " + message):
-        torch.ops.c2c.fuse_backward(parts["grad_out"], *arguments, parts["saved"], parts["needed"])
-
-
-@pytest.mark.parametrize(
-    ("keywords", "message"),
-    [
-        ({"gates": [(torch.ones(()), torch.ones(()))]}, "one pair per receiver layer .* got 1"),
-        ({"gates": torch.ones(2, 2, 1, 1)}, r"gates must be \[2, 2, 1\|B, 1\|Ht, 1\|N\]"),
-        ({"gates": [(torch.ones(5), torch.ones(()))] * 2}, r"gates\[0\] key must be broadcastable"),
-    ],
-)
-def test_bad_gates_are_refused(keywords, message):
-    fuser, base, sharer = make_case()
-    with pytest.raises(ValueError, match=message):
-        fuse_training(base, sharer, fuser, token_map=TOKEN_MAP, **keywords)
-
-
-def test_bad_calls_are_refused():
-    fuser, base, sharer = make_case()
-    with pytest.raises(ValueError, match="base_pairs must have 2 layers, got 1"):
-        fuse_training(base[:1], sharer, fuser)
-    with pytest.raises(ValueError, match="sharer_pairs must have 3 layers, got 1"):
-        fuse_training(base, sharer[:1], fuser)
-    gateless, *caches = make_case(gate=False)
-    with pytest.raises(ValueError, match="gates must not be given for a fuser without gates"):
-        fuse_training(*caches, gateless, gates=soft_gates(caches[0]))
-
-
-@pytest.mark.parametrize("name", UNCOMPILED)
-def test_variants_without_kernels_are_named_and_fuse_by_reference(name):
-    fuser, base, sharer = make_case(tokens=5, sharer_tokens=5, **UNCOMPILED[name])
-    assert "has no compiled kernels" in op_missing(fuser, torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"training op cannot run: projection=.* has no"):
-        fuse_training(base, sharer, fuser)
-
-    def fuse(base, sharer, fuser, gates):
-        return c2c_ext.fuse(base, sharer, fuser)
-
-    ours = run_with_gradients(fuse, fuser, base, sharer)
-    for name, t in truth_of(fuser, base, sharer).items():
-        assert relative_error(ours[name], t) <= 1e-13, name
-
-
-def test_op_missing_elsewhere():
-    fuser, _, _ = make_case()
-    assert op_missing(fuser, torch.device("cpu")) is None
-    assert "no kernels for meta" in op_missing(fuser, torch.device("meta"))

@@ -7,11 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from conftest import KVPairs, cast, flat, hidden_dim, hidden_order, reorder_hidden
+from conftest import (
+    KVPairs,
+    cast,
+    flat,
+    hidden_dim,
+    hidden_order,
+    make_caches,
+    make_config,
+    make_fuser,
+    reorder_hidden,
+)
 from torch import Tensor
 
 from c2c_ext import Fuser, reference
-from c2c_ext.training_op import fuse_training
+from c2c_ext.training_op import ARGUMENTS, PARAMETERS, fuse_training
 
 # A map with repeats, tokens that stay and one out of range; two rows of five tokens, six sharers'.
 TOKEN_MAP = torch.tensor([[0, 3, 3, -1, 5], [2, 2, 2, 1, 9]])
@@ -114,3 +124,48 @@ def by_kind(results: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, t in results.items():
         kinds.setdefault(name.partition("[")[0], []).append(t.flatten())
     return {name: torch.cat(parts) for name, parts in kinds.items()}
+
+
+def make_train_case(
+    dtype: torch.dtype = torch.float64,
+    device: object = "cpu",
+    tokens: int = 5,
+    sharer_tokens: int = 6,
+    **changes: object,
+) -> tuple[Fuser, KVPairs, KVPairs]:
+    """(fuser, base, sharer) of two rows; the fuser in float64 for such caches, else in float32."""
+    config = make_config(**changes)
+    fuser = make_fuser(config, device=device)
+    if dtype == torch.float64:
+        fuser = fuser.double()
+    return fuser, *make_caches(config, 2, tokens, sharer_tokens, dtype, device)
+
+
+def op_arguments(
+    fuser: Fuser,
+    base: KVPairs,
+    sharer: KVPairs,
+    gate: Tensor | None = None,
+    token_map: Tensor | None = None,
+    **changes: object,
+) -> tuple:
+    """The op's arguments for the fuser's only shape group."""
+    (group,) = fuser.groups
+    sources = [sharer[layer] for layer in fuser.config.layer_map]
+    values = {
+        "base": flat(base),
+        "sharer": flat(sources),
+        "token_map": token_map,
+        "gate": gate,
+        **{name: getattr(group, name, None) for name in PARAMETERS},
+        "activation": fuser.config.activation,
+        "integration": fuser.config.integration,
+        "reads_receiver": fuser.config.reads == "both",
+        "dropout": 0.0,
+        "seed": 0,
+        "offset": 0,
+        "recompute": False,
+        **changes,
+    }
+    assert tuple(values) == ARGUMENTS
+    return tuple(values.values())
