@@ -18,7 +18,12 @@ from c2c_ext.cli import main
 from c2c_ext.estimate import Ceilings
 from c2c_ext.training import dry_run
 from c2c_ext.training.checkpoint import checkpoint_path
+from c2c_ext.training.collator import ChatCollator, ChatDataset, Encoder
+from c2c_ext.training.data import read_conversations
+from c2c_ext.training.gates import GateSampler
 from c2c_ext.training.model import C2CTrainingModel
+from c2c_ext.training.recipes import load_recipe
+from c2c_ext.training.trainer import C2CTrainer, training_arguments
 
 SETTINGS = {
     "hidden_size": 16,
@@ -146,6 +151,27 @@ def test_prompt_caches_are_written_once_and_take_the_place_of_prefills(
     other = write_lines(tmp_path / "other.jsonl", [{"messages": turns("w7", "w8")}] * 10)
     assert train(place, tmp_path / "third", *cached, "--data", str(other)) == 2
     assert "caches/" in capsys.readouterr().err
+
+
+def test_a_trainer_of_ones_own_goes_on_where_it_stopped(place: Path, tmp_path: Path) -> None:
+    """As docs/training.md has it."""
+    recipe = load_recipe(place / "recipe.yaml")
+    receiver, sharer = tiny_models.receiver_model(), tiny_models.sharer_model()
+    tokenizer = word_tokenizer()
+
+    def trained(steps: int) -> C2CTrainer:
+        fuser = tiny_models.fuser_between(receiver, sharer)
+        model = C2CTrainingModel(receiver, sharer, fuser.float(), sampler=GateSampler(steps=1000))
+        dataset = ChatDataset(*read_conversations(place / "talks.jsonl"), Encoder(tokenizer))
+        arguments = training_arguments(recipe, tmp_path, samples=len(dataset), max_steps=steps)
+        trainer = C2CTrainer(model, arguments, dataset, None, ChatCollator(tokenizer.pad_token_id))
+        trainer.train(resume_from_checkpoint=True)
+        return trainer
+
+    first = trained(4)
+    again = trained(4)
+    assert first.state.global_step == again.state.global_step == 4
+    assert same(dict(first.fuser.state_dict()), dict(again.fuser.state_dict()))
 
 
 def test_bad_data_is_refused_or_skipped(

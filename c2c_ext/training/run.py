@@ -129,7 +129,9 @@ def new_fuser(recipe: Recipe, receiver_config: Any, sharer_config: Any) -> Fuser
     return fuser
 
 
-def run_once(setup: Setup, recipe: Recipe, output: Path, *, resume: bool = False) -> dict[str, Any]:
+def run_once(
+    setup: Setup, recipe: Recipe, output: str | Path, *, resume: bool = False
+) -> dict[str, Any]:
     """One training run: trains, saves fuser, recipe and log in ``output``.
 
     Returns:
@@ -141,6 +143,7 @@ def run_once(setup: Setup, recipe: Recipe, output: Path, *, resume: bool = False
     """
     from .trainer import C2CTrainer, training_arguments
 
+    output = Path(output)
     arguments = training_arguments(
         recipe,
         output,

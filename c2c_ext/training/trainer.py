@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from ..fuser import Fuser
 from .checkpoint import (
@@ -143,8 +144,8 @@ class C2CTrainer(Trainer):
             place = found[-1] if found else None
         elif resume_from_checkpoint:
             place = Path(resume_from_checkpoint)
-        if place is not None:
-            self._check(place)
+        if place is not None and self._check(place) >= self.args.max_steps > 0:
+            return self._finished(place)
         # As a str: transformers joins it with others.
         return super().train(resume_from_checkpoint=None if place is None else str(place), **kwargs)
 
@@ -181,6 +182,17 @@ class C2CTrainer(Trainer):
             list(self._ids),
             path,
         )
+
+    def locate_best(self) -> None:
+        """Names the best checkpoint in the output directory, if it is there.
+
+        The path that a resumed checkpoint holds may be from another place or machine.
+        """
+        state = self.state
+        state.best_model_checkpoint = None
+        if state.best_global_step is not None:
+            path = checkpoint_path(self.args.output_dir, state.best_global_step)
+            state.best_model_checkpoint = str(path) if path.is_dir() else None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the temperature and the part of the gates that are open to what is logged."""
@@ -246,7 +258,17 @@ class C2CTrainer(Trainer):
             **self._run,
         }
 
-    def _check(self, place: Path) -> None:
+    def _finished(self, place: Path) -> TrainOutput:
+        """Takes over a run that has done all its steps; transformers would do one more."""
+        self._load_from_checkpoint(str(place))
+        self.state = TrainerState.load_from_json(str(place / TRAINER_STATE_NAME))
+        self.locate_best()
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        losses = [entry["train_loss"] for entry in self.state.log_history if "train_loss" in entry]
+        return TrainOutput(self.state.global_step, losses[-1] if losses else float("nan"), {})
+
+    def _check(self, place: Path) -> int:
         step = check_checkpoint(place, self._fixed())
         known = [f.name for f in dataclasses.fields(TrainerState)]
         state = read_trainer_state(place, known)
@@ -261,6 +283,7 @@ class C2CTrainer(Trainer):
                 f"{place / TRAINER_STATE_NAME}: train_batch_size must be {size}, got "
                 f"{state['train_batch_size']}"
             )
+        return step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = Fuser.from_pretrained(Path(resume_from_checkpoint))
@@ -316,12 +339,8 @@ class _Watch(TrainerCallback):
     def __init__(self, trainer: C2CTrainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
-        # The path that a resumed checkpoint holds may be from another place or machine.
-        state.best_model_checkpoint = None
-        if state.best_global_step is not None:
-            path = checkpoint_path(args.output_dir, state.best_global_step)
-            state.best_model_checkpoint = str(path) if path.is_dir() else None
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer.locate_best()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         # After clipping and of the whole step: before anything reaches a parameter.
