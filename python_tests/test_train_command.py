@@ -17,13 +17,14 @@ import c2c_ext
 from c2c_ext.cli import main
 from c2c_ext.estimate import Ceilings
 from c2c_ext.training import dry_run
+from c2c_ext.training.arguments import training_arguments
 from c2c_ext.training.checkpoint import checkpoint_path
 from c2c_ext.training.collator import ChatCollator, ChatDataset, Encoder
 from c2c_ext.training.data import read_conversations
 from c2c_ext.training.gates import GateSampler
 from c2c_ext.training.model import C2CTrainingModel
 from c2c_ext.training.recipes import load_recipe
-from c2c_ext.training.trainer import C2CTrainer, training_arguments
+from c2c_ext.training.trainer import C2CTrainer
 
 SETTINGS = {
     "hidden_size": 16,

@@ -20,10 +20,11 @@ from tiny_training import (
 from transformers import TrainerCallback
 
 from c2c_ext import Fuser
+from c2c_ext.training.arguments import training_arguments
 from c2c_ext.training.checkpoint import checkpoint_path, checkpoints
 from c2c_ext.training.collator import ChatCollator
 from c2c_ext.training.sharding import shard_frozen_models
-from c2c_ext.training.trainer import C2CTrainer, NonFiniteError, training_arguments
+from c2c_ext.training.trainer import C2CTrainer, NonFiniteError
 
 
 class StopAfter(TrainerCallback):

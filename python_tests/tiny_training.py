@@ -11,10 +11,11 @@ from tiny_models import VOCABULARY, fuser_between, receiver_model, sharer_model
 from torch.utils.data import Dataset
 
 from c2c_ext import Fuser
+from c2c_ext.training.arguments import training_arguments
 from c2c_ext.training.collator import IGNORED, ChatCollator, Sample
 from c2c_ext.training.model import C2CTrainingModel, parameter_groups
 from c2c_ext.training.recipes import PUBLISHED, Recipe
-from c2c_ext.training.trainer import C2CTrainer, training_arguments
+from c2c_ext.training.trainer import C2CTrainer
 
 RECIPE = replace(
     PUBLISHED,

@@ -25,6 +25,7 @@ from ..fuser import Fuser
 from ..info import format_bytes
 from ..messages import shown_name
 from ..model_card import HUB_ID, CardInfo
+from .arguments import training_arguments
 from .cached_collator import CachedCollator, prompts_of
 from .collator import ChatCollator, ChatDataset, Encoder
 from .data import file_digest, read_conversations
@@ -141,7 +142,7 @@ def run_once(
         NonFiniteError: a loss or gradient is NaN or infinite.
         ValueError: ``output`` holds a checkpoint of another run.
     """
-    from .trainer import C2CTrainer, training_arguments
+    from .trainer import C2CTrainer
 
     output = Path(output)
     arguments = training_arguments(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_utils import TrainOutput
 
 from ..fuser import Fuser
+from .arguments import mixed_precision
 from .checkpoint import (
     TRAINER_STATE_NAME,
     TrainingState,
@@ -32,7 +31,6 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .model import C2CTrainingModel, parameter_groups
-from .recipes import Recipe
 
 SHOWN_IDS = 16
 
@@ -62,7 +60,7 @@ class C2CTrainer(Trainer):
 
     Args:
         model: the two frozen models and the fuser.
-        args: `training_arguments` makes them from a recipe.
+        args: `c2c_ext.training.arguments` makes them from a recipe.
         train_dataset, eval_dataset, data_collator: see `ChatDataset` and `ChatCollator`; any that
             give what ``model.forward`` takes will do.
         run: what must be the same for a checkpoint to be resumed, beside gates, seed and data
@@ -106,7 +104,7 @@ class C2CTrainer(Trainer):
             )
         self.training_model = model  # also where `model` is wrapped
         self._run, self._ids, self._ids_step = dict(run or {}), [], -1
-        with _mixed_precision(args.bf16):
+        with mixed_precision(args.bf16):
             super().__init__(
                 model=model,
                 args=args,
@@ -348,95 +346,3 @@ class _Watch(TrainerCallback):
         if gradients:
             finite = torch.stack([torch.isfinite(g).all() for g in gradients]).all()
             self._trainer.check_finite(finite, "a gradient is not finite")
-
-
-def training_arguments(
-    recipe: Recipe,
-    output: str | Path,
-    *,
-    samples: int,
-    evaluated: bool = False,
-    processes: int = 1,
-    **changes: Any,
-) -> TrainingArguments:
-    """transformers' arguments for a recipe.
-
-    Args:
-        output: the training directory.
-        samples: in the training data.
-        evaluated: whether there is an evaluation dataset; the best fuser is kept then.
-        processes: of torchrun.
-        **changes: arguments that win over the recipe.
-
-    Raises:
-        ValueError: the batch cannot be divided over the processes.
-    """
-    micro, passes = recipe.micro_batches(processes)
-    steps = recipe.steps(samples)
-    every = min(recipe.save_steps, steps)
-    evaluations = min(recipe.eval_steps or every, steps)
-    if evaluated:  # a checkpoint that may be the best is one that was evaluated
-        every = max(every // evaluations, 1) * evaluations
-    linear = recipe.schedule == "linear"
-    if recipe.lr_end and linear:
-        name, extra = "polynomial", {"lr_end": recipe.lr * recipe.lr_end, "power": 1.0}
-    elif recipe.lr_end:
-        name, extra = "cosine_with_min_lr", {"min_lr_rate": recipe.lr_end}
-    else:
-        name, extra = recipe.schedule, {}
-    settings: dict[str, Any] = {
-        "output_dir": str(output),
-        "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": passes,
-        "max_steps": steps,
-        "learning_rate": recipe.lr,
-        "weight_decay": recipe.weight_decay,
-        "adam_beta1": recipe.beta1,
-        "adam_beta2": recipe.beta2,
-        "max_grad_norm": recipe.clip,
-        "lr_scheduler_type": name,
-        "lr_scheduler_kwargs": extra,
-        "warmup_steps": -int(-recipe.warm_up * steps // 1),
-        "seed": recipe.seed,
-        "bf16": recipe.dtype == "bf16",
-        "use_cpu": recipe.device == "cpu",
-        "logging_steps": recipe.log_steps,
-        "logging_nan_inf_filter": False,  # they stop the run
-        "save_strategy": "steps",
-        "save_steps": every,
-        # With 1, transformers deletes all but the best at the end, and not at once.
-        "save_total_limit": max(recipe.keep, 2) if evaluated else recipe.keep,
-        "eval_strategy": "steps" if evaluated else "no",
-        "eval_steps": evaluations if evaluated else None,
-        "load_best_model_at_end": evaluated,
-        "metric_for_best_model": "eval_loss" if evaluated else None,
-        "greater_is_better": False if evaluated else None,
-        "prediction_loss_only": True,
-        "report_to": recipe.report_to,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": recipe.device != "cpu" and torch.cuda.is_available(),
-        "ddp_find_unused_parameters": False,
-        **({"ddp_backend": "gloo"} if processes > 1 and recipe.device == "cpu" else {}),
-    }
-    settings |= changes
-    with _mixed_precision(settings["bf16"]):
-        return TrainingArguments(**settings)
-
-
-@contextmanager
-def _mixed_precision(bf16: bool) -> Iterator[None]:
-    """Within it, accelerate's default is what is asked for.
-
-    transformers before 5 passes it on through this variable and leaves it behind, so that a later
-    run in float32 would go on under autocast.
-    """
-    name = "ACCELERATE_MIXED_PRECISION"
-    before = os.environ.get(name)
-    os.environ[name] = "bf16" if bf16 else "no"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
