@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .arguments import training_arguments
     from .cached_collator import CachedCollator, prompts_of
     from .collator import ChatCollator, ChatDataset, Encoder
     from .gates import GateSampler
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from .prompt_cache_writer import write_prompt_caches
     from .prompt_caches import PromptCaches
     from .recipes import Recipe, load_recipe
-    from .trainer import C2CTrainer, training_arguments
+    from .trainer import C2CTrainer
 
 # Imported on first use: most of them import transformers.
 _HOMES = {
@@ -30,7 +31,7 @@ _HOMES = {
     "load_recipe": "recipes",
     "parameter_groups": "model",
     "prompts_of": "cached_collator",
-    "training_arguments": "trainer",
+    "training_arguments": "arguments",
     "write_prompt_caches": "prompt_cache_writer",
 }
 
