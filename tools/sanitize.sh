@@ -98,7 +98,8 @@ run_tests() { # pytest argument...
   sanitized "log_path=$reports/report" "$python" -m pytest -q -p no:cacheprovider "$@"
 }
 if [ $# -eq 0 ]; then
-  run_tests python_tests/test_cuda_train_emulated.py python_tests/test_cuda_train_dropout_emulated.py
+  run_tests python_tests/test_cuda_train_emulated.py python_tests/test_cuda_train_dropout_emulated.py \
+    python_tests/test_train_op.py -k "not gradcheck"
   # Not what runs no code of ours, or the same code again through torch's slow compilers.
   set -- -k "not (grad or dropout or opcheck or compiled or transform)"
   for name in op op_refusals op_dispatch variants fuse fuse_refusals fuzz instruction_sets stages \
