@@ -203,7 +203,9 @@ TrainKernels table() {
           narrow_rows<C, S>,
           add_rows<S>,
           pack_rows<C, S>,
-          pack_panels<C, S>};
+          pack_panels<C, S>,
+          std::is_same_v<C, Bfloat16> ? pack_even_rows : nullptr,
+          std::is_same_v<C, Bfloat16> ? pack_pairs : nullptr};
 }
 
 }  // namespace

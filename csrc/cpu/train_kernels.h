@@ -105,6 +105,10 @@ struct TrainKernels {
   // [depth, cols] in panels of S, what is missing in the last one filled with zeros.
   void (*pack_rows)(StridedMatrix from, int64_t count, int64_t depth, void* rows);
   void (*pack_panels)(StridedMatrix from, int64_t depth, int64_t cols, void* panels);
+  // The same as they are, for the CPU's own bfloat16 product: rows of even length, panels of pairs,
+  // and a zero where a last input is missing. Null for other types.
+  void (*pack_even_rows)(StridedMatrix from, int64_t count, int64_t depth, uint16_t* rows);
+  void (*pack_pairs)(StridedMatrix from, int64_t depth, int64_t cols, uint16_t* panels);
 };
 
 constexpr int64_t kSumColumns = 128;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "panel_gemm.h"
 #include "train_rows.h"
@@ -78,6 +79,49 @@ void pack_panels(StridedMatrix from, int64_t depth, int64_t cols, void* panels) 
       for (int64_t k = 0; k < depth; k += kBlock) {
         transpose_block(data + k, from.column_stride, std::min(kBlock, depth - k), wide,
                         to + k * kPanel, kPanel);
+      }
+    }
+  }
+}
+
+inline void pack_even_rows(StridedMatrix from, int64_t count, int64_t depth, uint16_t* rows) {
+  const uint16_t* data = static_cast<const uint16_t*>(from.data);
+  const int64_t even = (depth + 1) / 2 * 2;
+  for (int64_t r = 0; r < count; r += kBlock) {
+    const int64_t tall = std::min(kBlock, count - r);
+    for (int64_t k = 0; k < depth; k += kBlock) {
+      const int64_t deep = std::min(kBlock, depth - k);
+      for (int64_t i = 0; i < tall; ++i) {
+        const uint16_t* x = data + (r + i) * from.row_stride + k * from.column_stride;
+        uint16_t* to = rows + (r + i) * even + k;
+        for (int64_t j = 0; j < deep; ++j) to[j] = x[j * from.column_stride];
+      }
+    }
+    for (int64_t i = 0; i < tall && even != depth; ++i) rows[(r + i) * even + depth] = 0;
+  }
+}
+
+inline void pack_pairs(StridedMatrix from, int64_t depth, int64_t cols, uint16_t* panels) {
+  const uint16_t* data = static_cast<const uint16_t*>(from.data);
+  const int64_t even = (depth + 1) / 2 * 2;
+  for (int64_t c = 0; c < cols; c += kPanel, panels += even * kPanel) {
+    const int64_t wide = std::min(kPanel, cols - c);
+    const uint16_t* first = data + c * from.column_stride;
+    if (wide < kPanel || even != depth) std::memset(panels, 0, even * kPanel * sizeof(uint16_t));
+    for (int64_t k = 0; k < depth; k += 2) {
+      const uint16_t* x = first + k * from.row_stride;
+      uint16_t* to = panels + k * kPanel;
+      if (k + 1 == depth) {
+        for (int64_t j = 0; j < wide; ++j) to[2 * j] = x[j * from.column_stride];
+      } else if (from.column_stride == 1) {
+        for (int64_t j = 0; j < wide; ++j) {
+          to[2 * j] = x[j];
+          to[2 * j + 1] = x[from.row_stride + j];
+        }
+      } else {  // both of a pair lie side by side
+        for (int64_t j = 0; j < wide; ++j) {
+          std::memcpy(to + 2 * j, x + j * from.column_stride, 2 * sizeof(uint16_t));
+        }
       }
     }
   }

@@ -33,6 +33,7 @@ class Products {
   };
 
   const TrainKernels& kernels_;
+  const bool native_;  // by the CPU's own bfloat16 product
   Buffer rows_, panels_, sums_;
 };
 
