@@ -115,6 +115,20 @@ def test_dropout_keeps_the_same_in_every_dtype(hidden):
         assert (mask & ~first[0]).sum() == 0 and (mask != first[0]).float().mean() < 0.05
 
 
+@pytest.mark.parametrize("above", [0, 1])
+def test_an_element_at_the_threshold_is_kept(above):
+    """Its word is the probability times 2^32, or one less, which drops it."""
+    step = made()
+    step.seed = 3
+    words = philox(step.seed, step.offset, np.arange(160, dtype=np.uint64)).reshape(4, 10, 16)
+    place = tuple(int(i[0]) for i in np.nonzero((words > 2**30) & (words < 2**31)))
+    step.dropout = (int(words[place]) + above) / 2**32
+    assert kept(step, 4, 0)[place] == (above == 0)
+    emulated.load()
+    _, saved = torch.ops.c2c_emulated.fuse(*train_calls.arguments(step, 0).values())
+    assert ((saved[0] != saved[1]) == kept(step, 4, 0)).all()
+
+
 def test_other_seed_or_offset_drops_other_elements():
     runs = []
     for seed, offset in ((0, 0), (1, 0), (0, 1)):
