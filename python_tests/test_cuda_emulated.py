@@ -34,6 +34,7 @@ from test_golden import (
     test_real_shape_as_good_as_plain,
 )
 from test_op import (
+    poisoned_memory,
     test_accumulate_adds_the_update,
     test_any_layout,
     test_bad_numbers_stay_in_their_token,
@@ -45,6 +46,7 @@ from test_op import (
     test_interleaved_keys_and_values_are_accepted,
     test_kept_tokens_keep_every_bit,
     test_map_to_empty_sharer_copies,
+    test_memory_that_nobody_wrote_is_not_read,
     test_only_open_streams_are_written,
     test_rounding_to_half_is_to_nearest_even,
     test_sharer_may_be_other_tokens_of_the_same_buffer,
@@ -63,6 +65,7 @@ from c2c_ext import estimate, ops
 from c2c_ext.estimate import Workload
 
 __all__ = [
+    "poisoned_memory",
     "test_accumulate_adds_the_update",
     "test_accumulate_adds_what_the_variant_changes",
     "test_any_layout",
@@ -78,6 +81,7 @@ __all__ = [
     "test_interleaved_keys_and_values_are_accepted",
     "test_kept_tokens_keep_every_bit",
     "test_map_to_empty_sharer_copies",
+    "test_memory_that_nobody_wrote_is_not_read",
     "test_only_open_streams_are_written",
     "test_real_shape_as_good_as_plain",
     "test_rounding_to_half_is_to_nearest_even",
@@ -94,7 +98,7 @@ ORDERS = ["forward", "reverse"]  # of the emulated threads
 def through_the_emulated_kernels(monkeypatch):
     for module in (test_golden, test_op, test_variants):
         monkeypatch.setattr(module, "run_op", emulated.run_op)
-    for name in ("C2C_EXT_CUDA_PATH", "C2C_EMULATE_SCRATCH", "C2C_EMULATE_ORDER"):
+    for name in ("C2C_EXT_CUDA_PATH", "C2C_EMULATE_SCRATCH"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -148,6 +152,14 @@ def test_rows_of_several_warps(hidden, depth, dtype, order):
     assert_fused(fuser, base, sharer, emulated.run_op(fuser, base, sharer))
 
 
+@pytest.mark.parametrize("heads", [5, 8, 17])
+def test_more_heads_than_one_pass_takes(heads, dtype, order):
+    config = make_config([(heads, 8)], [(2, 8)], [0], hidden_size=heads * 8)
+    fuser = make_fuser(config)
+    base, sharer = make_caches(config, 1, 3, dtype=dtype)
+    assert_fused(fuser, base, sharer, emulated.run_op(fuser, base, sharer))
+
+
 @pytest.mark.parametrize(("name", "j"), golden_data.cases(EVAL_FILES))
 def test_golden_float64_equals_truth(name, j):
     file = golden_data.load(name)
@@ -168,9 +180,14 @@ def test_golden_half_precision(name, dtype, order):
     assert_fused(fuser, base, sharer, ours, differs=False)
 
 
-def test_normalised_before_the_product_where_float16_would_overflow():
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"receiver": [(3, 5)] * 2, "hidden_size": 23, "intermediate_size": 15}],
+    ids=["even", "one less than vectors"],
+)
+def test_normalised_before_the_product_where_float16_would_overflow(shape):
     """1 / rms comes first: z of a few thousand times weights of a few hundred is beyond 65504."""
-    fuser = make_fuser()
+    fuser = make_fuser(make_config(**shape))
     with torch.no_grad():
         group = fuser.groups[0]
         group.in_bias.fill_(4000.0)

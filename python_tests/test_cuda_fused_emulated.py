@@ -31,12 +31,14 @@ from golden_data import EVAL_FILES
 from test_cuda_emulated import (
     test_chunks_give_the_same_numbers,
     test_golden_half_precision,
+    test_more_heads_than_one_pass_takes,
     test_normalised_before_the_product_where_float16_would_overflow,
     test_numbers_equal_reference,
     test_rows_of_several_warps,
     test_same_bits_in_both_thread_orders,
 )
 from test_op import (
+    poisoned_memory,
     test_accumulate_adds_the_update,
     test_any_layout,
     test_bad_numbers_stay_in_their_token,
@@ -47,6 +49,7 @@ from test_op import (
     test_interleaved_keys_and_values_are_accepted,
     test_kept_tokens_keep_every_bit,
     test_map_to_empty_sharer_copies,
+    test_memory_that_nobody_wrote_is_not_read,
     test_only_open_streams_are_written,
     test_token_map,
 )
@@ -54,6 +57,7 @@ from test_variants import test_compiled_variants_match_the_reference
 from torch import Tensor
 
 __all__ = [
+    "poisoned_memory",
     "test_accumulate_adds_the_update",
     "test_any_layout",
     "test_bad_numbers_stay_in_their_token",
@@ -67,6 +71,8 @@ __all__ = [
     "test_interleaved_keys_and_values_are_accepted",
     "test_kept_tokens_keep_every_bit",
     "test_map_to_empty_sharer_copies",
+    "test_memory_that_nobody_wrote_is_not_read",
+    "test_more_heads_than_one_pass_takes",
     "test_normalised_before_the_product_where_float16_would_overflow",
     "test_numbers_equal_reference",
     "test_only_open_streams_are_written",
@@ -85,17 +91,17 @@ ALIGNED = {
     "hidden_size": 136,
     "intermediate_size": 392,
 }
-# (batch, tokens): the last row of a tile and the first of the next, for all of fused_gemm.cu.
-ROWS = [(1, 1), (1, 16), (1, 17), (2, 16), (3, 11), (1, 64), (5, 13), (2, 64), (3, 43), (4, 48)]
-ROWS += [(1, 193)]
+# (batch, tokens): the last row of a tile and the first of the next, for all of fused_gemm.cu, and
+# all rows of a tile but one.
+ROWS = [(1, 1), (3, 5), (1, 16), (1, 17), (2, 16), (3, 11), (1, 64), (5, 13), (2, 64), (3, 43)]
+ROWS += [(4, 48), (1, 193)]
 
 
 @pytest.fixture(autouse=True)
 def through_the_fused_kernels(monkeypatch):
     for module in (test_golden, test_op, test_variants):
         monkeypatch.setattr(module, "run_op", emulated.run_op)
-    for name in ("C2C_EMULATE_SCRATCH", "C2C_EMULATE_ORDER"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("C2C_EMULATE_SCRATCH", raising=False)
     monkeypatch.setenv("C2C_EXT_CUDA_PATH", "fused")
 
 
@@ -156,6 +162,13 @@ def test_one_odd_size_equals_reference(name, tokens, dtype):
     fuser = make_fuser(config)
     base, sharer = make_caches(config, 1, tokens, dtype=dtype)
     assert_fused(fuser, base, sharer, emulated.run_op(fuser, base, sharer))
+
+
+def test_every_size_may_be_one(dtype):
+    config = make_config([(1, 1)], [(1, 1)], [0], hidden_size=1, intermediate_size=1)
+    fuser = make_fuser(config)
+    base, sharer = make_caches(config, 2, 3, dtype=dtype)
+    assert_fused(fuser, base, sharer, emulated.run_op(fuser, base, sharer), differs=False)
 
 
 def shifted(t: Tensor) -> Tensor:
@@ -239,6 +252,19 @@ def test_fused_kernels_run_where_they_were_asked_for(dtype, monkeypatch):
     assert not any(map(same_bits, fused, plain))
     truth = flat(run_reference(fuser, cast(base, torch.float64), cast(sharer, torch.float64)))
     assert all(max_abs(x - t) < 0.1 * max_abs(t) for x, t in zip(fused, truth, strict=True))
+
+
+def test_as_many_streams_as_one_launch_takes_are_fused(monkeypatch):
+    layers = 64  # 128 streams
+    config = make_config(
+        [(1, 24)] * layers, [(1, 8)], [0] * layers, hidden_size=72, intermediate_size=72
+    )
+    fuser = make_fuser(config)
+    base, sharer = make_caches(config, 1, 8, dtype=torch.bfloat16)
+    fused, plain = (
+        flat(on_path(path, monkeypatch, fuser, base, sharer)) for path in ("fused", "plain")
+    )
+    assert not any(map(same_bits, fused, plain))
 
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
