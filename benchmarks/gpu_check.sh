@@ -120,7 +120,7 @@ for name in "${parts[@]}"; do
     hopper) part hopper 120 bash -c hopper ;;
     tests)
       part tests 240 "$python" -m pytest -q -p no:cacheprovider python_tests/test_cuda.py \
-        python_tests/test_op.py python_tests/test_cuda_library.py
+        python_tests/test_cuda_train.py python_tests/test_op.py python_tests/test_cuda_library.py
       ;;
     sanitizer)
       # initcheck has to see the products' writes too: the others look at our kernels alone.
