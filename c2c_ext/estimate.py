@@ -28,8 +28,10 @@ from .training_op import saved_bytes
 # Of csrc/cpu/fuse_cpu.cpp: more tokens than fit into this are fused in chunks.
 SCRATCH_BYTES_PER_THREAD = 8 << 20
 MAX_SCRATCH_BYTES = 128 << 20
-# Of csrc/cuda/fuse_cuda.cpp: this and the size of the fused caches; streams of one launch.
+# Of csrc/cuda/fuse_cuda.cpp: this and the size of the fused caches up to the next; streams of one
+# launch.
 SCRATCH_BYTES_ON_GPU = 64 << 20
+MORE_SCRATCH_BYTES_ON_GPU = 1 << 30
 MAX_STREAMS_ON_GPU = 128
 TRAINING_DTYPE = torch.float32  # of the fuser's parameters, gradients and optimizer state
 TEMPERATURE = 0.5  # of the soft gates; what is saved does not depend on it
@@ -170,8 +172,9 @@ def scratch_bytes(
     """Upper bound of the scratch memory of one fusion; shape groups take turns.
 
     The compiled op: the columns of the buffers of fuse_cpu.cpp or fuse_cuda.cpp for all open
-    streams and tokens. On the CPU at most 8 MiB per thread and 128 MiB in all, on a GPU 64 MiB and
-    the size of the fused caches (a single token may exceed that). The reference: what autograd
+    streams and tokens. On the CPU at most 8 MiB per thread and 128 MiB in all, on a GPU, by
+    the path that is the default, 64 MiB and the size of the fused caches or 1 GiB (a single token
+    may exceed that). The reference: what autograd
     would keep of one stream.
     """
     if uncompiled_reason(config, device) is not None:
@@ -209,7 +212,8 @@ def _scratch_on_gpu(config: FuserConfig, work: Workload, open_streams: Streams |
         row = sum(-(-c * work.dtype.itemsize // 16) * 16 for c in columns)
         row += -(-heads * sum_dtype(work.dtype).itemsize // 16) * 16
         fused = count * work.rows * receiver.width * work.dtype.itemsize
-        most = max((SCRATCH_BYTES_ON_GPU + fused) // row, 1)  # (stream, token) pairs
+        limit = SCRATCH_BYTES_ON_GPU + min(fused, MORE_SCRATCH_BYTES_ON_GPU)
+        most = max(limit // row, 1)  # (stream, token) pairs
         rows = _equal_part(work.rows, most)
         streams = _equal_part(count, min(max(most // rows, 1), MAX_STREAMS_ON_GPU))
         largest = max(largest, streams * rows * row)
