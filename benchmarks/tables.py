@@ -21,7 +21,7 @@ from c2c_ext.measure import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/kernels.md", "docs/benchmarks.md")
+DOCUMENTS = ("README.md", "docs/kernels.md", "docs/benchmarks.md", "docs/training.md")
 MARKED = re.compile(r"(<!-- table: ([^>]+?) -->\n).*?(<!-- end of table -->)", re.S)
 TOKENS = (1, 16, 64, 170, 512)
 # How often a fusion at depth 3 runs what bench_kernels.py times once; gather and combine are timed
@@ -259,6 +259,39 @@ def load_memory(name: str) -> str:
     return markdown(header, lines) + "\n" + note + where(name)
 
 
+TRAINED = {
+    "reference": "plain PyTorch",
+    "compiled": "`torch.compile`",
+    "op": "**training op**",
+    "op_recompute": "**training op**, `recompute`",
+}
+
+
+def training(name: str) -> str:
+    """A training step's fuser part: time, what is kept for the backward, and the peak."""
+    rows = results(name)["rows"]
+    lines = []
+    for dtype, tokens in dict.fromkeys((row["dtype"], row["tokens"]) for row in rows):
+        for provider, label in TRAINED.items():
+            row = find(rows, dtype=dtype, tokens=tokens, provider=provider)
+            plain = find(rows, dtype=dtype, tokens=tokens, provider="reference")
+            if row is None or plain is None:
+                continue
+            memory = row["memory"]
+            lines.append(
+                [
+                    f"{dtype}, {tokens} tokens: {label}",
+                    milliseconds(_median(row)),
+                    f"{_median(plain) / _median(row):.2f} x",
+                    f"{memory['saved_bytes'] / 1e6:.1f}",
+                    f"{memory['saved_bytes'] / plain['memory']['saved_bytes']:.2f}",
+                    f"{memory['peak_bytes'] / 1e6:.0f}",
+                ]
+            )
+    header = ["four layers of the real shape", "ms (median)", "faster", "kept, MB", "of plain"]
+    return markdown([*header, "peak, MB"], lines) + "\n" + where(name)
+
+
 def where(*names: str) -> str:
     """When and on what files were measured."""
     sentences = []
@@ -289,6 +322,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "floors real": partial(floors, FUSE, "real"),
     "answers": partial(answers, ("generate.json", "generate_real.json")),
     "load memory": partial(load_memory, "load_memory.json"),
+    "training": partial(training, "train.json"),
     "stages real float32": partial(stages, "kernels.json", "real", "float32", (1, 16, 170)),
     "stages real bfloat16": partial(stages, "kernels.json", "real", "bfloat16", (1, 16, 170)),
 }
