@@ -37,6 +37,8 @@ def describe(table: Sequence[DispatchRow], asked: str | None) -> str:
     line = f"{', '.join(PATHS)} ({VARIABLE} chooses); "
     if asked in PATHS:
         line += f"it says {asked}; auto would take "
+    elif asked not in (None, "", "auto"):
+        line += f"it says {asked!r}, which the op refuses; auto would take "
     else:
         line += "auto, the default, takes "
     if not table:

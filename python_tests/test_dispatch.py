@@ -179,12 +179,29 @@ BAD_NUMBERS = {"max_error": 0.3, "max_bound": 0.2, "rms_error": 0.0, "rms_bound"
         ({}, {}, {"capability": "sm_90"}, "capability must be like 9.0, got 'sm_90'"),
         ({}, {}, {"seconds": {"median": 0.0}}, "seconds must be above 0"),
         ({}, {}, {"seconds": {"median": "fast"}}, "seconds must be above 0"),
+        ({}, {}, {"seconds": {"median": 10**400}}, "seconds must be above 0"),
+        ({}, {}, {"seconds": 0.5}, "seconds must be above 0"),
+        ({}, {}, {"verified": [0.1]}, "is not verified (max error nan, bound nan)"),
+        ({}, {}, {"verified": {**BAD_NUMBERS, "max_error": -1.0}}, "is not verified (max error -1"),
+        ({}, {}, {"device": "GPU\n#error"}, "device must be a line of text, got 'GPU\\n#error'"),
+        ({}, {}, {"device": "GPU \\"}, "device must be a line of text"),
+        ({}, {}, {"shape": ["real"]}, "shape must be a line of text, got ['real']"),
+        ({}, {}, {"capability": 9.0}, "capability must be a line of text, got 9.0"),
+        ({}, {}, {"tokens": "1"}, "tokens must be an integer above 0, got '1'"),
+        ({}, {}, {"tokens": 1.0}, "tokens must be an integer above 0, got 1.0"),
+        ({}, {}, {"batch": True}, "batch must be an integer above 0, got True"),
+        ({"date": None}, {}, {}, "does not say its date"),
+        ({"date": "today\n#error"}, {}, {}, "does not say its date"),
+        ({}, {"environment": []}, {}, "was not measured in a checkout"),
+        ({}, {"arguments": None}, {}, "must be of bench_fuse.py --device cuda"),
+        ({}, {"rows": None}, {}, "has no list of rows"),
+        ({}, {"rows": ["cuda_path"]}, {}, "has no list of rows"),
     ],
 )
 def test_a_file_that_cannot_be_trusted_is_refused(
     tool, tmp_path, capsys, environment, document, changes, message
 ) -> None:
-    path = results(tmp_path, [row("plain", 1, 1.0), row("fused", 1, 0.5, **changes)], **environment)
+    path = results(tmp_path, [row("plain", 1, 1.0), row("fused", 1, 0.5) | changes], **environment)
     path.write_text(json.dumps({**json.loads(path.read_text()), **document}))
     header = tmp_path / "table.h"
     assert tool.main([str(path), "--output", str(header)]) == 2
@@ -193,7 +210,7 @@ def test_a_file_that_cannot_be_trusted_is_refused(
     assert not header.exists()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"format_version": 1}'])
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"format_version": 1}', "[" * 100_000])
 def test_what_is_no_results_file_is_refused(tool, tmp_path, capsys, text) -> None:
     (tmp_path / "x.json").write_text(text)
     assert tool.main([str(tmp_path / "x.json"), "--output", str(tmp_path / "t.h")]) == 2
@@ -211,6 +228,19 @@ def test_one_cell_of_two_files_is_refused(tool, tmp_path, capsys) -> None:
     files = [results(tmp_path, [row("plain", 1, 1.0)], f"fuse_cuda_{i}.json") for i in (1, 2)]
     assert tool.main([*map(str, files), "--check"]) == 2
     assert "measured twice: 9.0 bfloat16 real all 1 1 plain" in capsys.readouterr().err
+
+
+def test_paths_are_compared_only_within_one_run(tool, tmp_path, capsys) -> None:
+    files = [results(tmp_path, [row(p, 1, 1.0)], f"fuse_cuda_{p}.json") for p in ("plain", "fused")]
+    assert tool.main([*map(str, files), "--check"]) == 2
+    said = "measured in two runs: 9.0 bfloat16 real all 1 1 (fuse_cuda_plain.json, fuse_cuda_fused"
+    assert said in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tool, tmp_path, capsys) -> None:
+    given = str(results(tmp_path, MEASURED))
+    assert tool.main([given, "--output", str(tmp_path / "none" / "table.h")]) == 2
+    assert "table.h cannot be written" in capsys.readouterr().err
 
 
 def test_the_checked_in_table_is_what_the_results_say(tool, capsys) -> None:
@@ -287,6 +317,12 @@ def test_a_path_is_asked_for_and_what_was_there_restored(monkeypatch) -> None:
             "fused",
             "plain, fused, hopper (C2C_EXT_CUDA_PATH chooses); it says fused; auto would take "
             "plain everywhere: no path has been measured on a GPU",
+        ),
+        (
+            [],
+            "best",
+            "plain, fused, hopper (C2C_EXT_CUDA_PATH chooses); it says 'best', which the op "
+            "refuses; auto would take plain everywhere: no path has been measured on a GPU",
         ),
         (
             TABLE[:2],

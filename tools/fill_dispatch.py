@@ -11,8 +11,8 @@ plain path (geometric mean over shapes, gates and batches), among those that wer
 the bucket's cells. A bucket is known by measurements at its upper end. Where nothing was measured
 there is no row, and the plain path runs. A file that cannot be trusted stops the tool: one of
 another benchmark, of a run that did not end, of a tree with changes, or with rows that do not say
-what was verified and which kernels ran. With --check nothing is written; the exit status is 1 if
-the table differs.
+what was verified and which kernels ran. So does a cell that two runs have parts of. With --check
+nothing is written; the exit status is 1 if the table differs.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def measurements(path: Path) -> tuple[str, list[Row]]:
     """
     try:
         data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Untrusted(f"{path.name} cannot be read: {error}") from None
     if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
         raise Untrusted(f"{path.name} is no results file of format version {FORMAT_VERSION}")
-    environment, arguments = data.get("environment", {}), data.get("arguments", {})
+    environment, arguments = _object(data, "environment"), _object(data, "arguments")
     for wrong, rule in (
         (
             (data.get("benchmark"), arguments.get("device")) != ("fuse", "cuda"),
@@ -83,10 +83,17 @@ def measurements(path: Path) -> tuple[str, list[Row]]:
             not re.fullmatch("[0-9a-f]{40}", str(environment.get("commit"))),
             "does not say its commit",
         ),
+        (
+            not re.match("[0-9]{4}-[0-9]{2}-[0-9]{2}", str(environment.get("date"))),
+            "does not say its date",
+        ),
     ):
         if wrong:
             raise Untrusted(f"{path.name} {rule}")
-    rows = [row for row in data["rows"] if "cuda_path" in row]
+    rows = data.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise Untrusted(f"{path.name} has no list of rows")
+    rows = [{**row, "file": path.name} for row in rows if "cuda_path" in row]
     if not rows:
         raise Untrusted(f"{path.name} has no row with a cuda_path: run with --cuda-paths")
     for row in rows:
@@ -101,6 +108,13 @@ def _check(row: Row, name: str) -> None:
     if missing:
         raise Untrusted(f"{name}: a row of path {row['cuda_path']} lacks {', '.join(missing)}")
     what = f"{name}: {row['cuda_path']}, {row['shape']} {row['dtype']} {row['tokens']} tokens"
+    for key in ("device", "capability", "dtype", "shape", "gates"):
+        # The device's name goes into a comment of the table: no line may end in it.
+        if not re.fullmatch(r"[ -\[\]-~]+", row[key] if isinstance(row[key], str) else ""):
+            raise Untrusted(f"{what}: {key} must be a line of text, got {row[key]!r}")
+    for key in ("batch", "tokens"):
+        if type(row[key]) is not int or row[key] < 1:
+            raise Untrusted(f"{what}: {key} must be an integer above 0, got {row[key]!r}")
     if row["cuda_path"] not in PATHS:
         raise Untrusted(f"{what}: the path must be one of {', '.join(PATHS)}")
     if row["cuda_path_ran"] != row["cuda_path"]:
@@ -109,34 +123,47 @@ def _check(row: Row, name: str) -> None:
         )
     if row["dtype"] not in TYPES:
         raise Untrusted(f"{what}: dtype must be one of {', '.join(TYPES)}")
-    if not re.fullmatch(r"[0-9]+\.[0-9]", str(row["capability"])):
+    if not re.fullmatch(r"[0-9]{1,3}\.[0-9]", row["capability"]):
         raise Untrusted(f"{what}: capability must be like 9.0, got {row['capability']!r}")
-    found = row.get("verified", {})
+    found = _object(row, "verified")
     for kind in ("max", "rms"):
         error, bound = (_number(found.get(f"{kind}_{end}")) for end in ("error", "bound"))
-        if not error <= bound < math.inf:
+        if not 0 <= error <= bound < math.inf:
             raise Untrusted(f"{what}: is not verified ({kind} error {error}, bound {bound})")
-    if not 0 < _number(row["seconds"].get("median")) < math.inf:
+    if not 0 < _number(_object(row, "seconds").get("median")) < math.inf:
         raise Untrusted(f"{what}: seconds must be above 0")
+
+
+def _object(data: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object of that name; an empty one where there is none, which no rule lets pass."""
+    value = data.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _number(value: object) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else math.nan
+    try:
+        return float(value) if is_number else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def table_of(rows: Iterable[Row]) -> list[DispatchRow]:
     """The fastest path of every bucket that was measured.
 
     Raises:
-        Untrusted: two rows are of the same cell and path.
+        Untrusted: two rows are of the same cell and path, or of one cell and two files: only what
+            was timed in turns in one run is compared.
     """
     cells: dict[tuple, dict[str, float]] = {}
+    files: dict[tuple, str | None] = {}
     for row in rows:
-        cell = cells.setdefault(tuple(row[key] for key in CELL), {})
+        key = tuple(row[name] for name in CELL)
+        cell, where = cells.setdefault(key, {}), " ".join(map(str, key))
         if row["cuda_path"] in cell:
-            where = " ".join(str(row[key]) for key in (*CELL, "cuda_path"))
-            raise Untrusted(f"measured twice: {where}")
+            raise Untrusted(f"measured twice: {where} {row['cuda_path']}")
+        if files.setdefault(key, row.get("file")) != row.get("file"):
+            raise Untrusted(f"measured in two runs: {where} ({files[key]}, {row['file']})")
         cell[row["cuda_path"]] = row["seconds"]["median"]
     buckets: dict[tuple[str, str, int], list[dict[str, float]]] = {}
     for (capability, dtype, _, _, batch, tokens), seconds in cells.items():
@@ -200,7 +227,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.check or same:
         print(f"{options.output.name}: {'as the results say' if same else 'differs'}")
         return 0 if same else 1
-    write_text(options.output, text)
+    try:
+        write_text(options.output, text)
+    except OSError as error:
+        print(f"fill_dispatch.py: {options.output} cannot be written: {error}", file=sys.stderr)
+        return 2
     print(f"{options.output.name}: written from {len(sources)} files")
     return 0
 
