@@ -74,7 +74,10 @@ build() {
     "$python" -m c2c_ext.cli info
 }
 hopper() {
-  "$python" -c 'import sys, torch; sys.exit(torch.cuda.get_device_capability() != (9, 0))' ||
+  local capability
+  capability=$("$python" -c \
+    'import torch; print(*torch.cuda.get_device_capability(), sep=".")') || return
+  [ "$capability" = 9.0 ] ||
     { echo "left out: not a GPU of compute capability 9.0" && return; }
   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o "$out/hopper_selfcheck" \
     benchmarks/hopper_selfcheck.cu csrc/cuda/hopper_gemm.cu && "$out/hopper_selfcheck"

@@ -90,6 +90,25 @@ def test_a_part_that_fails_fails_the_whole(tmp_path) -> None:
     assert done.returncode == 1 and "kernels_cuda: FAILED (1)" in done.stdout
 
 
+def test_the_hopper_part_fails_where_no_gpu_answers(tmp_path) -> None:
+    """Not the same as a GPU that has no such kernels, for which it is left out."""
+    done = run("--python", "false", "--out", str(tmp_path), "hopper")
+    assert done.returncode == 1 and "hopper: FAILED" in done.stdout
+
+
+@pytest.mark.parametrize(("answer", "status"), [("8.0", 0), ("9.0", 1)])
+def test_the_hopper_part_is_for_one_kind_of_gpu(tmp_path, monkeypatch, answer, status) -> None:
+    stub, nvcc = tmp_path / "python", tmp_path / "nvcc"
+    stub.write_text(f"#!/bin/sh\necho {answer}\n")
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    for program in (stub, nvcc):
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    done = run("--python", str(stub), "--out", str(tmp_path / "out"), "hopper")
+    assert done.returncode == status, done.stdout
+    assert ("left out" in (tmp_path / "out" / "hopper.log").read_text()) == (status == 0)
+
+
 def test_no_part_begins_when_the_time_is_over(tmp_path) -> None:
     done = run("--python", sys.executable, "--out", str(tmp_path), "--seconds", "4", "stages")
     assert done.returncode == 1 and "kernels_cuda: NOT RUN, the 4 s are over" in done.stdout
