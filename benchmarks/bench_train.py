@@ -25,6 +25,7 @@ from typing import Any
 
 import harness
 import torch
+from gpu import Gpu
 from torch import Tensor
 
 from c2c_ext import Fuser, reference
@@ -223,25 +224,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", nargs="+", type=harness.positive, default=[1])
     parser.add_argument("--tokens", nargs="+", type=harness.positive)
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    harness.with_device(parser)
     options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch can use")
     if BASELINE not in options.providers:
         parser.error(f"--providers must contain {BASELINE}, which the others are verified with")
-    on_gpu = options.device == "cuda"
+    gpu = Gpu.first("bench_train.py") if options.device == "cuda" else None
+    on_gpu = gpu is not None
     options.shapes = options.shapes or ["tiny" if options.quick else "real" if on_gpu else "short"]
     options.dtypes = options.dtypes or (["bf16"] if on_gpu else ["fp32"])
     options.tokens = options.tokens or (
         [16] if options.quick else [512, 2048] if on_gpu else [128, 512]
     )
-    device = torch.device(options.device)
+    device = torch.device("cpu") if gpu is None else gpu.device
+    facts = {} if gpu is None else gpu.facts
     name = "train_cuda" if on_gpu else "train"
     results = harness.Results(name, options, options.dtypes, device)
 
     def clock() -> float:
-        if on_gpu:
-            torch.cuda.synchronize()
+        if gpu is not None:
+            gpu.wait()
         return time.perf_counter()
 
     for shape in options.shapes:
@@ -259,6 +260,7 @@ def main(argv: list[str] | None = None) -> int:
                     )
                     case.truth, case.plain = {}, {}
                     for row in rows:
+                        row.update(facts)
                         row["memory"] = case.memory(calls[row["provider"]].forward)
                     for row in rows:
                         row["memory_ratios"] = memory_ratios(rows[0]["memory"], row["memory"])

@@ -88,7 +88,7 @@ def quick(scripts, monkeypatch, tmp_path):
 # Without a GPU.
 
 
-@pytest.mark.parametrize("script", ["bench_fuse", "bench_generate", "bench_kernels"])
+@pytest.mark.parametrize("script", ["bench_fuse", "bench_generate", "bench_kernels", "bench_train"])
 def test_without_a_gpu_one_line_says_so(scripts, script: str, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
