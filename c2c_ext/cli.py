@@ -86,7 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a YAML file, or published (default), write-up, tiny",
     )
     train.add_argument(
-        "--set", metavar="KEY=VALUE", nargs="+", default=[], help="change fields of the recipe"
+        "--set",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="change fields of the recipe",
     )
     train.add_argument(
         "--bad-data", choices=("refuse", "skip"), help="what to do about bad lines (refuse)"
@@ -106,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--sweep",
         metavar="KEY=[VALUE,...]",
         nargs="+",
+        action="extend",
         help="train for every combination and compare",
     )
 

@@ -260,6 +260,67 @@ def test_a_sweep_compares_every_combination(
         assert row["settings"]["layer_map"] in ("last_aligned", list(fuser.config.layer_map))
 
 
+def test_every_set_option_counts(place: Path, tmp_path: Path) -> None:
+    assert train(place, tmp_path / "x", "--set", "max_steps=1", "--set", "lr=0.5") == 0
+    log = json.loads((tmp_path / "x" / "training_log.json").read_text())
+    assert (log["recipe"]["lr"], log["steps"]) == (0.5, 1)
+
+
+def test_what_another_run_left_in_the_output_stays(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    grid = ("--set", "max_steps=1", "--sweep", "lr=[0.1]")
+    assert train(place, tmp_path / "x", *grid) == 0
+    files = {p: p.read_bytes() for p in (tmp_path / "x").rglob("*") if p.is_file()}
+    for again in (grid, ("--set", "max_steps=1"), ("--resume",)):
+        assert train(place, tmp_path / "x", *again) == 2
+        assert "x holds a sweep (sweep.md), which stays" in capsys.readouterr().err
+    assert files == {p: p.read_bytes() for p in (tmp_path / "x").rglob("*") if p.is_file()}
+    for name in ("sweep.md", "sweep.json"):  # stopped before its end
+        (tmp_path / "x" / name).unlink()
+    assert train(place, tmp_path / "x", *grid) == 2
+    assert "x holds runs of a sweep (run-00), which stay" in capsys.readouterr().err
+    c2c_ext.Fuser.from_pretrained(tmp_path / "x" / "run-00").save_pretrained(tmp_path / "y")
+    for options in ((), ("--resume",)):
+        assert train(place, tmp_path / "y", *options) == 2
+        assert "y holds a fuser that no run here has trained" in capsys.readouterr().err
+
+
+def test_resuming_a_finished_run_leaves_its_log(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output, options = tmp_path / "x", ("--set", "max_steps=1", "log_steps=9")
+    assert train(place, output, *options) == 0
+    log = (output / "training_log.json").read_bytes()
+    assert train(place, output, *options, "--resume") == 0
+    assert (output / "training_log.json").read_bytes() == log
+    assert "nan" not in capsys.readouterr().out
+    (output / "training_log.json").unlink()
+    assert train(place, output, *options, "--resume") == 0
+    assert json.loads((output / "training_log.json").read_text())["train_loss"] is None
+
+
+def test_a_run_that_starts_anew_writes_its_own_recipe(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x"
+    assert train(place, output, "--set", "max_steps=1") == 0
+    for path in output.iterdir():  # as if stopped before the first checkpoint
+        if path.name != "recipe.yaml":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert train(place, output, "--resume", "--set", "max_steps=1", "lr=0.5") == 0
+    assert yaml.safe_load((output / "recipe.yaml").read_text())["lr"] == 0.5
+
+
+def test_weights_that_cannot_be_read_are_one_clear_error(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    broken = tmp_path / "sharer"
+    shutil.copytree(place / "sharer", broken)
+    with open(broken / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    assert train(place, tmp_path / "x", "--sharer", str(broken)) == 2
+    assert f"--sharer: the model in {broken} cannot be loaded: " in capsys.readouterr().err
+
+
 def test_a_diverging_loss_ends_with_status_1(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +359,11 @@ def test_a_diverging_loss_ends_with_status_1(
         (["--sweep", "lr=[0.1, x]"], "--sweep: recipe: lr must be of type float, got 'x'"),
         (["--sweep", f"seed={list(range(65))}"], "must be at most 64 runs, these are 65"),
         (["--sweep", "lr=[0.1]", "--resume"], "--resume goes on with one run, not with a --sweep"),
+        (["--sweep", "lr=[0.1]", "lr=[0.2]"], "--sweep: lr is given twice"),
+        (["--sweep", "batch=[4, 3]"], "--sweep: recipe: batch (3) must be a multiple of micro"),
+        (["--sweep", "layer_map=[depth, [0, 9, 0]]"], "--sweep: c2c_ext.layer_map: "),
+        (["--set", "lr=1", "--set", "lr=2"], "--set: lr is given twice"),
+        (["--set", "shard_models=true"], "shard_models needs several processes"),
         (["--receiver", "/nowhere"], "no model at /nowhere"),
         (["--data", "/nowhere.jsonl"], "/nowhere.jsonl is missing or not a regular file"),
     ],

@@ -13,11 +13,13 @@ from ..config import FuserConfig
 from ..facts import MODEL_CONFIG_NAME, ModelFacts, read_model
 from ..messages import shown_name
 from ..model_card import HUB_ID
+from ..serialization import CONFIG_NAME, WEIGHTS_NAME
 from . import dry_run
-from .checkpoint import checkpoints
 from .recipes import Recipe, load_recipe, parse_value
-from .run import LOG_NAME, RECIPE_NAME, SIDES, is_first, load_setup, run_once
-from .sweep import check_grid, run_sweep
+from .run import SIDES, check_no_run, is_first, load_setup, run_once
+from .sweep import DATA_NAME, TABLE_NAME, check_grid, run_sweep
+
+SWEEP_NAMES = (TABLE_NAME, DATA_NAME)
 
 
 def run_train(
@@ -64,11 +66,21 @@ def run_train(
     for side, model in facts.items():
         if model.kv is None:
             raise ValueError(f"--{side}: {model.unsupported[0].removeprefix('c2c_ext: ')}")
-    fuser_config = recipe.fuser_config(facts["receiver"].config, facts["sharer"].config)
+    configs = [facts[side].config for side in SIDES]
+    fuser_config = recipe.fuser_config(*configs)
+    for changes in grid or ():  # before the first of the runs
+        own = recipe.changed(changes, "--sweep")
+        try:
+            own.micro_batches(processes)
+            own.fuser_config(*configs)
+        except ValueError as error:
+            raise ValueError(f"--sweep: {error}") from error
     if dry:
         _print_plan(recipe, fuser_config, facts, data, processes)
         return 0
-    _check_trainable(recipe, output, resume)
+    if recipe.shard_models and processes == 1:
+        raise ValueError("recipe: shard_models needs several processes: start them by torchrun")
+    _check_trainable(recipe, output, resume, sweep is not None)
     try:
         setup = load_setup(recipe, receiver, sharer, data, eval_data, prompt_caches)
     except ImportError as error:
@@ -86,8 +98,9 @@ def run_train(
     if is_first():
         loss = result["eval_loss"] if result["eval_loss"] is not None else result["train_loss"]
         kind = "evaluation" if result["eval_loss"] is not None else "training"
+        measured = "" if loss is None else f"{kind} loss {loss:.4f}, "
         print(
-            f"{result['steps']} steps in {result['seconds']:.0f} s, {kind} loss {loss:.4f}, "
+            f"{result['steps']} steps in {result['seconds']:.0f} s, {measured}"
             f"{result['open_streams']} of {result['streams']} streams open; the fuser is in "
             f"{output}:\n"
             f"  c2c_ext.attach(receiver, sharer, c2c_ext.Fuser.from_pretrained({output!r}))"
@@ -130,7 +143,7 @@ def _facts(place: str) -> ModelFacts:
         ) from error
 
 
-def _check_trainable(recipe: Recipe, output: str, resume: bool) -> None:
+def _check_trainable(recipe: Recipe, output: str, resume: bool, is_sweep: bool) -> None:
     try:
         import accelerate  # noqa: F401
     except ImportError:
@@ -143,11 +156,17 @@ def _check_trainable(recipe: Recipe, output: str, resume: bool) -> None:
     path = Path(output)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"--output: {path} must be a directory, it is a file")
-    held = [n for n in (RECIPE_NAME, LOG_NAME) if (path / n).exists()]
-    held += [p.name for p in checkpoints(path)]
-    if held and not resume:
+    held = check_no_run(path, resume)
+    others = (*SWEEP_NAMES, CONFIG_NAME, WEIGHTS_NAME)
+    if not held and (found := next((n for n in others if (path / n).exists()), None)):
+        what = "a sweep" if found in SWEEP_NAMES else "a fuser that no run here has trained"
         raise FileExistsError(
-            f"--output: {path} holds a training run ({held[0]}); --resume goes on with it"
+            f"--output: {path} holds {what} ({found}), which stays; choose another directory"
+        )
+    if is_sweep and (runs := sorted(path.glob("run-*"))):
+        raise FileExistsError(
+            f"--output: {path} holds runs of a sweep ({runs[0].name}), which stay; choose another "
+            "directory"
         )
 
 
@@ -158,6 +177,8 @@ def _parsed(pairs: Sequence[str], option: str) -> dict[str, Any]:
         key, separator, text = pair.partition("=")
         if not separator or not key:
             raise ValueError(f"{option}: must be KEY=VALUE, got {pair!r}")
+        if key in parsed:
+            raise ValueError(f"{option}: {shown_name(key)} is given twice")
         try:
             parsed[key] = parse_value(text)
         except ValueError as error:

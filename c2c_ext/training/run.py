@@ -27,6 +27,7 @@ from ..messages import shown_name
 from ..model_card import HUB_ID, CardInfo
 from .arguments import training_arguments
 from .cached_collator import CachedCollator, prompts_of
+from .checkpoint import checkpoints
 from .collator import ChatCollator, ChatDataset, Encoder
 from .data import file_digest, read_conversations
 from .model import C2CTrainingModel
@@ -105,9 +106,7 @@ def load_setup(
     pad = tokenizers["receiver"].pad_token_id or 0
     collator = ChatCollator(pad, tokenizers["sharer"].pad_token_id or 0, padding=recipe.padding)
     dtype = TORCH_DTYPES[recipe.dtype]
-    models = [
-        AutoModelForCausalLM.from_pretrained(place, dtype=dtype) for place in (receiver, sharer)
-    ]
+    models = [_model(side, p, dtype) for side, p in zip(SIDES, (receiver, sharer), strict=True)]
     names = {"receiver": receiver, "sharer": sharer, "data": data}
     setup = Setup(*models, train, evaluation, collator, fixed, names)
     if prompt_caches is not None:
@@ -141,10 +140,12 @@ def run_once(
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite.
         ValueError: ``output`` holds a checkpoint of another run.
+        FileExistsError: it holds a run, which is not to be resumed.
     """
     from .trainer import C2CTrainer
 
     output = Path(output)
+    check_no_run(output, resume)
     arguments = training_arguments(
         recipe,
         output,
@@ -180,14 +181,16 @@ def run_once(
         setup.collator,
         run={**settings, **setup.fixed},
     )
-    if is_first() and not (output / RECIPE_NAME).exists():
+    # A run that was stopped before its first checkpoint leaves a recipe that need not be this one.
+    if is_first() and not ((output / RECIPE_NAME).exists() and checkpoints(output)):
         text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
         write_atomically({output / RECIPE_NAME: lambda path: Path(path).write_text(text, "utf-8")})
     done = trainer.train(resume_from_checkpoint=resume)
+    finished = "train_runtime" not in done.metrics  # before: there was nothing left to train
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = {
         "steps": trainer.state.global_step,
-        "train_loss": losses[-1] if losses else done.training_loss,
+        "train_loss": losses[-1] if losses else None if finished else done.training_loss,
         "eval_loss": None,
         "best_step": trainer.state.best_global_step,
         "seconds": round(done.metrics.get("train_runtime", 0.0), 1),
@@ -201,10 +204,22 @@ def run_once(
         result["eval_loss"] = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         fuser.save_pretrained(output, card=_card(setup, recipe, result))
-        log = {**result, "recipe": recipe.to_dict(), "log": trainer.state.log_history}
-        text = json.dumps(log, indent=1) + "\n"
-        write_atomically({output / LOG_NAME: lambda path: Path(path).write_text(text, "utf-8")})
+        if not (finished and (output / LOG_NAME).exists()):
+            log = {**result, "recipe": recipe.to_dict(), "log": trainer.state.log_history}
+            text = json.dumps(log, indent=1) + "\n"
+            write_atomically({output / LOG_NAME: lambda path: Path(path).write_text(text, "utf-8")})
     return result
+
+
+def check_no_run(output: Path, resume: bool) -> list[str]:
+    """What of a training run is in ``output``; FileExistsError unless it is to be resumed."""
+    held = [name for name in (RECIPE_NAME, LOG_NAME) if (output / name).exists()]
+    held += [path.name for path in checkpoints(output)]
+    if held and not resume:
+        raise FileExistsError(
+            f"--output: {output} holds a training run ({held[0]}); --resume goes on with it"
+        )
+    return held
 
 
 def _tokenizer(side: str, place: str) -> PreTrainedTokenizerBase:
@@ -216,6 +231,14 @@ def _tokenizer(side: str, place: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers raises errors of many kinds
         text = shown_name(" ".join(str(error).split()), 300)
         raise ValueError(f"--{side}: {place} has no tokenizer that can be read: {text}") from error
+
+
+def _model(side: str, place: str, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+    except Exception as error:  # of many kinds, from transformers and safetensors
+        text = shown_name(" ".join(str(error).split()), 300)
+        raise ValueError(f"--{side}: the model in {place} cannot be loaded: {text}") from error
 
 
 def _prompt_caches(setup: Setup, recipe: Recipe, directory: Path) -> dict[str, PromptCaches]:
