@@ -202,6 +202,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if options.command == "train" and not options.sweep and not options.dry_run:
+            print(
+                f"c2c train: stopped; --resume goes on from the last checkpoint in {options.output}",
+                file=sys.stderr,
+            )
         return 130
 
 

@@ -260,6 +260,17 @@ def test_a_sweep_compares_every_combination(
         assert row["settings"]["layer_map"] in ("last_aligned", list(fuser.config.layer_map))
 
 
+def test_an_interrupted_run_says_how_to_go_on(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(C2CTrainingModel, "forward", interrupted)
+    assert train(place, tmp_path / "x") == 130
+    assert "c2c train: stopped; --resume goes on from the last" in capsys.readouterr().err
+
+
 def test_every_set_option_counts(place: Path, tmp_path: Path) -> None:
     assert train(place, tmp_path / "x", "--set", "max_steps=1", "--set", "lr=0.5") == 0
     log = json.loads((tmp_path / "x" / "training_log.json").read_text())

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,19 @@ while not alive:  # one more event each time
     assert not [n for n in os.listdir(output) if n.startswith(".")], os.listdir(output)
 print(kills, found[-1].name)
 """
+
+
+def test_a_checkpoint_for_which_there_is_no_more_room_is_one_clear_error(tmp_path: Path) -> None:
+    save(checkpoint_path(tmp_path, 1))
+    size = os.path.getsize(checkpoint_path(tmp_path, 1) / TENSORS_NAME)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"{TENSORS_NAME} cannot be written: "):
+            save(checkpoint_path(tmp_path, 2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 def test_a_kill_at_any_moment_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:

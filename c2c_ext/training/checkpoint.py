@@ -151,7 +151,10 @@ class TrainingState:
             "scheduler": _numbers_of(self.scheduler),
             "generators": generators,
         }
-        save_file(tensors, directory / TENSORS_NAME)
+        try:
+            save_file(tensors, directory / TENSORS_NAME)
+        except SafetensorError as error:  # a full disk is no OSError to safetensors
+            raise OSError(f"{directory / TENSORS_NAME} cannot be written: {error}") from error
         (directory / STATE_NAME).write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
