@@ -203,10 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if options.command == "train" and not options.sweep and not options.dry_run:
-            print(
-                f"c2c train: stopped; --resume goes on from the last checkpoint in {options.output}",
-                file=sys.stderr,
-            )
+            hint = f"--resume goes on from the last checkpoint in {options.output}"
+            print(f"c2c train: stopped; {hint}", file=sys.stderr)
         return 130
 
 

@@ -260,6 +260,14 @@ def test_a_sweep_compares_every_combination(
         assert row["settings"]["layer_map"] in ("last_aligned", list(fuser.config.layer_map))
 
 
+def test_the_published_device_and_dtype_train_where_there_is_no_gpu(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    options = ("--set", "max_steps=1", "dtype=bf16", "device=auto")
+    assert train(place, tmp_path / "x", *options) == 0
+
+
 def test_an_interrupted_run_says_how_to_go_on(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,8 @@ def training_arguments(
     evaluations = min(recipe.eval_steps or every, steps)
     if evaluated:  # a checkpoint that may be the best is one that was evaluated
         every = max(every // evaluations, 1) * evaluations
+    # Said outright: transformers refuses bf16 where it has to find out that there is no GPU.
+    on_cpu = recipe.device == "cpu" or not torch.accelerator.is_available()
     linear = recipe.schedule == "linear"
     if recipe.lr_end and linear:
         name, extra = "polynomial", {"lr_end": recipe.lr * recipe.lr_end, "power": 1.0}
@@ -64,7 +66,7 @@ def training_arguments(
         "warmup_steps": -int(-recipe.warm_up * steps // 1),
         "seed": recipe.seed,
         "bf16": recipe.dtype == "bf16",
-        "use_cpu": recipe.device == "cpu",
+        "use_cpu": on_cpu,
         "logging_steps": recipe.log_steps,
         "logging_nan_inf_filter": False,  # they stop the run
         "save_strategy": "steps",
@@ -79,9 +81,9 @@ def training_arguments(
         "prediction_loss_only": True,
         "report_to": recipe.report_to,
         "remove_unused_columns": False,
-        "dataloader_pin_memory": recipe.device != "cpu" and torch.cuda.is_available(),
+        "dataloader_pin_memory": not on_cpu and torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,
-        **({"ddp_backend": "gloo"} if processes > 1 and recipe.device == "cpu" else {}),
+        **({"ddp_backend": "gloo"} if processes > 1 and on_cpu else {}),
     }
     settings |= changes
     with mixed_precision(settings["bf16"]):
