@@ -11,6 +11,7 @@ import tiny_models
 import torch
 import yaml
 from local_tokenizers import letter_tokenizer, turns, word_tokenizer, write_lines
+from safetensors.torch import load_file, save_file
 from test_training_checkpoint import same
 
 import c2c_ext
@@ -277,6 +278,20 @@ def test_an_interrupted_run_says_how_to_go_on(
     monkeypatch.setattr(C2CTrainingModel, "forward", interrupted)
     assert train(place, tmp_path / "x") == 130
     assert "c2c train: stopped; --resume goes on from the last" in capsys.readouterr().err
+
+
+def test_a_model_without_some_of_its_weights_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    other = tmp_path / "sharer"
+    shutil.copytree(place / "sharer", other)
+    weights = load_file(other / "model.safetensors")
+    name = next(name for name in weights if "layers.1" in name)
+    del weights[name]
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    assert train(place, tmp_path / "x", "--sharer", str(other)) == 2
+    message = f"--sharer: the model in {other} lacks 1 of the weights that its config.json speaks"
+    assert f"{message} of: {name}" in capsys.readouterr().err
 
 
 def test_every_set_option_counts(place: Path, tmp_path: Path) -> None:

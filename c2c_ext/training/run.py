@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..files import write_atomically
+from ..files import listed, write_atomically
 from ..fuser import Fuser
 from ..info import format_bytes
 from ..messages import shown_name
@@ -235,10 +235,18 @@ def _tokenizer(side: str, place: str) -> PreTrainedTokenizerBase:
 
 def _model(side: str, place: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, output_loading_info=True
+        )
     except Exception as error:  # of many kinds, from transformers and safetensors
         text = shown_name(" ".join(str(error).split()), 300)
         raise ValueError(f"--{side}: the model in {place} cannot be loaded: {text}") from error
+    if missing := loading["missing_keys"]:  # random values: nothing to learn from
+        raise ValueError(
+            f"--{side}: the model in {place} lacks {len(missing)} of the weights that its "
+            f"config.json speaks of: {listed(missing)}"
+        )
+    return model
 
 
 def _prompt_caches(setup: Setup, recipe: Recipe, directory: Path) -> dict[str, PromptCaches]:
