@@ -398,8 +398,9 @@ def test_a_diverging_loss_ends_with_status_1(
         (["--sweep", "layer_map=[depth, [0, 9, 0]]"], "--sweep: c2c_ext.layer_map: "),
         (["--set", "lr=1", "--set", "lr=2"], "--set: lr is given twice"),
         (["--set", "shard_models=true"], "shard_models needs several processes"),
-        (["--receiver", "/nowhere"], "no model at /nowhere"),
-        (["--data", "/nowhere.jsonl"], "/nowhere.jsonl is missing or not a regular file"),
+        (["--receiver", "/nowhere"], "--receiver: no model at /nowhere"),
+        (["--data", "/nowhere.jsonl"], "--data: /nowhere.jsonl is missing or not a regular file"),
+        (["--eval-data", "/no.jsonl"], "--eval-data: /no.jsonl is missing or not a regular file"),
     ],
 )
 def test_bad_input_is_one_clear_error(

@@ -62,7 +62,8 @@ def run_train(
         raise ValueError("--resume goes on with one run, not with a --sweep")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     recipe.micro_batches(processes)
-    facts = {side: _facts(place) for side, place in zip(SIDES, (receiver, sharer), strict=True)}
+    places = zip(SIDES, (receiver, sharer), strict=True)
+    facts = {side: _facts(side, place) for side, place in places}
     for side, model in facts.items():
         if model.kv is None:
             raise ValueError(f"--{side}: {model.unsupported[0].removeprefix('c2c_ext: ')}")
@@ -126,12 +127,12 @@ def _print_plan(
     print("\n".join(dry_run.lines(planned, recipe.dtype)))
 
 
-def _facts(place: str) -> ModelFacts:
+def _facts(side: str, place: str) -> ModelFacts:
     """A model's configuration, from a directory or from the Hub: one small file."""
     if Path(place).exists():
         return read_model(place)
     if not HUB_ID.fullmatch(place):
-        raise FileNotFoundError(f"no model at {place}")
+        raise FileNotFoundError(f"--{side}: no model at {place}")
     from huggingface_hub import hf_hub_download
 
     try:
@@ -139,7 +140,7 @@ def _facts(place: str) -> ModelFacts:
     except Exception as error:  # of the Hub's library, of many kinds
         text = shown_name(" ".join(str(error).split()), 300)
         raise ValueError(
-            f"{place} is no directory, and not to be had from the Hub: {text}"
+            f"--{side}: {place} is no directory, and not to be had from the Hub: {text}"
         ) from error
 
 

@@ -96,11 +96,11 @@ def load_setup(
         labels=recipe.labels,
         chat_template=recipe.chat_template,
     )
-    train = _dataset(recipe, data, encoder)
+    train = _dataset(recipe, data, encoder, "--data")
     fixed: dict[str, Any] = {"data": file_digest(data) if Path(data).is_file() else data}
     evaluation = None
     if eval_data is not None:
-        evaluation = _dataset(recipe, eval_data, encoder).numbered_apart()
+        evaluation = _dataset(recipe, eval_data, encoder, "--eval-data").numbered_apart()
     elif recipe.eval_part:
         train, evaluation = _split(train, recipe)
     pad = tokenizers["receiver"].pad_token_id or 0
@@ -294,8 +294,13 @@ def _card(setup: Setup, recipe: Recipe, result: Mapping[str, Any]) -> CardInfo:
     return CardInfo(training=training, datasets=[name] if is_dataset else [])
 
 
-def _dataset(recipe: Recipe, source: str, encoder: Encoder) -> ChatDataset:
-    conversations, bad = read_conversations(source, bad_data=recipe.bad_data, split=recipe.split)
+def _dataset(recipe: Recipe, source: str, encoder: Encoder, option: str) -> ChatDataset:
+    try:
+        conversations, bad = read_conversations(
+            source, bad_data=recipe.bad_data, split=recipe.split
+        )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{option}: {str(error).removeprefix('c2c_ext: ')}") from error
     dataset = ChatDataset(conversations, bad, encoder)
     if is_first():
         print(bad.summary(), file=sys.stderr)
