@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tiny_training import DDP_RECIPE, tiny_trainer, training_model
 
+from c2c_ext.training.run import leave_processes
 from c2c_ext.training.sharding import shard_frozen_models
 
 torch.set_num_threads(1)
@@ -22,3 +23,4 @@ shard_frozen_models(model)
 tiny_trainer(output / "sharded", DDP_RECIPE, model=model, processes=processes).train()
 weight = model.receiver.model.layers[0].mlp.up_proj.weight
 assert weight.to_local().numel() * processes == weight.numel()
+leave_processes()

@@ -16,7 +16,7 @@ from ..model_card import HUB_ID
 from ..serialization import CONFIG_NAME, WEIGHTS_NAME
 from . import dry_run
 from .recipes import Recipe, load_recipe, parse_value
-from .run import SIDES, check_no_run, is_first, load_setup, run_once
+from .run import SIDES, Setup, check_no_run, is_first, leave_processes, load_setup, run_once
 from .sweep import DATA_NAME, TABLE_NAME, check_grid, run_sweep
 
 SWEEP_NAMES = (TABLE_NAME, DATA_NAME)
@@ -86,8 +86,15 @@ def run_train(
         setup = load_setup(recipe, receiver, sharer, data, eval_data, prompt_caches)
     except ImportError as error:
         raise ValueError(str(error)) from error
-    if grid is not None:
-        return run_sweep(setup, recipe, grid, Path(output), run_once)
+    try:
+        if grid is not None:
+            return run_sweep(setup, recipe, grid, Path(output), run_once)
+        return _run(setup, recipe, output, resume)
+    finally:
+        leave_processes()
+
+
+def _run(setup: Setup, recipe: Recipe, output: str, resume: bool) -> int:
     from .trainer import NonFiniteError
 
     try:

@@ -321,6 +321,12 @@ def _split(dataset: ChatDataset, recipe: Recipe) -> tuple[ChatDataset, ChatDatas
     return dataset.part(sorted(order[count:])), dataset.part(sorted(order[:count]))
 
 
+def leave_processes() -> None:
+    """Leaves torchrun's group; its threads must not outlive the interpreter."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def is_first() -> bool:
     """Whether this process prints: the first that torchrun started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
