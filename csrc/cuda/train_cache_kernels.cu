@@ -23,7 +23,7 @@ __device__ Sums<C> weight_of(const C* logits, const Sums<C>* bias, unsigned head
 }
 
 template <Integration kIntegration, class C>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 8)  // 64 registers: ptxas spills where it takes 32
     gated_combine_kernel(const __grid_constant__ Streams streams, HeadShape receiver, Tokens tokens,
                          Weighted weighted) {
   using T = Sums<C>;
