@@ -64,14 +64,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   });
   if (!norm) return;
   // Every thread reads the very columns that it has just written.
-  const T mean = block_sum(squares) / static_cast<T>(cols);
-  const T scale = T(1) / std::sqrt(mean + static_cast<T>(kRmsEps));
-  for_columns<kPack<C>>(cols, packed, [&](int64_t i, auto count) {
-    constexpr int kCount = decltype(count)::value;
-    auto pack = load<kCount>(static_cast<const C*>(to) + i);
-    for (int k = 0; k < kCount; ++k) narrow(widen(pack.x[k]) * scale, &pack.x[k]);
-    store(pack, n + i);
-  });
+  write_norm(squares, to, n, cols, packed);
 }
 
 template <Activation kActivation, class C>

@@ -2,6 +2,7 @@
 // token of a cache.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "row_kernels.h"
@@ -110,6 +111,19 @@ __device__ T block_sum(T v) {
   T sum[1] = {v};
   block_sums(sum);
   return sum[0];
+}
+
+// n = x / sqrt(mean(x^2) + kRmsEps) for a block's row x [cols]; `squares`: the sum of the thread's
+// own columns of x^2. n may be x.
+template <class C, class T>
+__device__ void write_norm(T squares, const C* x, C* n, int64_t cols, bool packed) {
+  const T mean = block_sum(squares) / static_cast<T>(cols);
+  const T scale = T(1) / std::sqrt(mean + static_cast<T>(kRmsEps));
+  for_columns<kPack<C>>(cols, packed, [&](int64_t i, auto count) {
+    auto pack = load<decltype(count)::value>(x + i);
+    for (C& value : pack.x) narrow(widen(value) * scale, &value);
+    store(pack, n + i);
+  });
 }
 
 // A receiver token and the sharer token that it is fused with.

@@ -59,13 +59,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     const auto pack = load<decltype(count)::value>(x + i);
     for (const C& value : pack.x) squares += T(widen(value)) * widen(value);
   });
-  const T mean = block_sum(squares) / static_cast<T>(cols);
-  const T scale = T(1) / std::sqrt(mean + static_cast<T>(kRmsEps));
-  for_columns<kPack<C>>(cols, packed, [&](int64_t i, auto count) {
-    auto pack = load<decltype(count)::value>(x + i);
-    for (C& value : pack.x) narrow(widen(value) * scale, &value);
-    store(pack, n + i);
-  });
+  write_norm(squares, x, n, cols, packed);
 }
 
 template <class C>
@@ -100,13 +94,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   });
   if (!norm) return;
   // Every thread reads the very columns that it has just written.
-  const T mean = block_sum(squares) / static_cast<T>(cols);
-  const T scale = T(1) / std::sqrt(mean + static_cast<T>(kRmsEps));
-  for_columns<kPack<C>>(cols, packed, [&](int64_t i, auto count) {
-    auto pack = load<decltype(count)::value>(static_cast<const C*>(to) + i);
-    for (C& value : pack.x) narrow(widen(value) * scale, &value);
-    store(pack, n + i);
-  });
+  write_norm(squares, to, n, cols, packed);
 }
 
 template <class C>
