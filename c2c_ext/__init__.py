@@ -10,6 +10,7 @@ from .fusion import fuse
 from .layer_map import layer_map
 from .model_card import CardInfo, CardMetric
 from .ops import _C
+from .positions import Positions
 
 if TYPE_CHECKING:
     from .generation import attach, attached, detach
@@ -26,6 +27,7 @@ __all__ = [
     "CardMetric",
     "Fuser",
     "FuserConfig",
+    "Positions",
     "__version__",
     "attach",
     "attached",

@@ -23,12 +23,13 @@ from .generation_arguments import (
     check_continuation,
     check_decoding,
     check_prompt_tensors,
-    fused_columns,
     prompt_shape,
+    take_chunk_size,
     tokens_held,
 )
 from .model_kv import ModelKV
 from .overlap import usable
+from .positions import Positions, fused_columns
 from .prompt_fusion import Prompt, fuse_prompt, holds_fused_prompt, read_on
 
 _ATTACHMENT = "_c2c_attachment"
@@ -98,7 +99,7 @@ class _FusedGeneration:
         self,
         inputs: Tensor | None = None,
         *args: Any,
-        positions: Sequence[int] | Tensor | None = None,
+        positions: Sequence[int] | slice | Tensor | Positions | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' `generate`, answering from the fused cache of the prompt.
@@ -117,19 +118,22 @@ class _FusedGeneration:
 
         Args:
             inputs: token ids ``[B, P]``, also accepted as ``input_ids``.
-            positions: the prompt columns to fuse: column indices in ``0 .. P - 2`` (a range, list,
-                tuple, 1-D array or 1-D tensor, the same for all rows), or a bool mask ``[P]`` or
-                ``[B, P]``. All columns by default.
+            positions: the prompt columns to fuse: column indices in ``0 .. P - 2`` (a range, slice,
+                list, tuple, 1-D array or 1-D tensor, the same for all rows), a bool mask ``[P]`` or
+                ``[B, P]``, or `c2c_ext.Positions`, which count each row's own tokens. All columns
+                by default.
             *args, **kwargs: as transformers' `generate`; ``attention_mask`` is ``[B, P]``.
+                ``prefill_chunk_size`` bounds what one forward of either model reads of the prompt.
 
         Raises:
             ValueError: an empty prompt; a mask, position ids or ``positions`` that do not fit it;
                 token ids that the sharer's vocabulary lacks; a cache whose tokens no attached
                 receiver put there, or more of them than ``input_ids``; not supported:
                 ``inputs_embeds`` and any other prompt tensor but a mask and position ids,
-                ``use_cache=False``, a prompt processed in chunks, contrastive search, DoLa, group
-                and constrained beams, drafting from the prompt's hidden states.
-            TypeError: no tensors; ``positions`` neither integers nor bools.
+                ``use_cache=False``, a ``prefill_chunk_size`` below 1, contrastive search, DoLa,
+                group and constrained beams, drafting from the prompt's hidden states.
+            TypeError: no tensors; ``positions`` neither integers nor bools; a
+                ``prefill_chunk_size`` that is no integer.
             RuntimeError: a model kept no cache (gradient checkpointing in training mode), or this
                 way of decoding never prepared its inputs.
         """
@@ -160,7 +164,10 @@ class _FusedGeneration:
                 check_continuation(holds_fused_prompt(cache), positions, call.held, length)
             else:
                 columns = fused_columns(positions, batch, length)
-            call.prompt = Prompt(batch, length, columns, position_ids)
+            chunk = None
+            if not call.held:
+                chunk, args, kwargs = take_chunk_size(self.generation_config, args, kwargs)
+            call.prompt = Prompt(batch, length, columns, position_ids, chunk)
         with attachment.armed(call):
             output = super().generate(inputs, *args, **kwargs)
         if not (call.prompt is None or call.begun or call.answered_inside):

@@ -1,4 +1,4 @@
-"""What an attached receiver's `generate` takes: the prompt, its mask and positions, ways to decode.
+"""What an attached receiver's `generate` takes: the prompt and its mask, ways to decode.
 
 Checked before transformers sees them: a wrong shape must not reach a prefill that cuts it to size,
 and a way to decode that cannot start from a fused prompt must not be fetched from the hub first.
@@ -6,10 +6,9 @@ and a way to decode that cannot start from a fused prompt must not be fetched fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
 from typing import Any
 
-import torch
 from torch import Tensor
 
 _HUB_CODE = "transformers fetches it as code that need not start from the fused prompt"
@@ -79,6 +78,46 @@ def check_decoding(settings: Settings, custom_generate: Any) -> None:
             raise ValueError(
                 f"c2c_ext: {name} ({way}) is not supported by an attached receiver: {reason}"
             )
+
+
+def take_chunk_size(
+    own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int | None, tuple[Any, ...], dict[str, Any]]:
+    """``prefill_chunk_size``, and the arguments of generate without it.
+
+    transformers' own chunks would split the prompt before it is fused. No configuration object of
+    the caller's changes.
+
+    Args:
+        own: the model's configuration of generate.
+        args, kwargs: of generate after the prompt.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: below 1.
+    """
+    name = "prefill_chunk_size"
+    given = args[0] if args else kwargs.get("generation_config")
+    chunk = Settings(kwargs, given, own)[name]
+    if chunk is None:
+        return None, args, kwargs
+    if isinstance(chunk, bool) or not isinstance(chunk, int):
+        raise TypeError(
+            f"c2c_ext: prefill_chunk_size must be an integer, got {type(chunk).__name__}"
+        )
+    if chunk < 1:
+        raise ValueError(f"c2c_ext: prefill_chunk_size must be at least 1, got {chunk}")
+    if getattr(given, name, None) is not None:
+        given = copy.copy(given)
+        given.prefill_chunk_size = None
+        if args:
+            args = (given, *args[1:])
+        else:
+            kwargs = {**kwargs, "generation_config": given}
+    # Not always: newer versions warn of a keyword beside a configuration.
+    if name in kwargs or getattr(own, name, None) is not None:
+        kwargs = {**kwargs, name: None}
+    return chunk, args, kwargs
 
 
 def tokens_held(cache: Any) -> int:
@@ -164,77 +203,3 @@ def check_prompt_tensors(attention_mask: Any, position_ids: Any, batch: int, len
             f"c2c_ext: position_ids must be [batch, prompt tokens] = [{batch}, {length}] or "
             f"[1, {length}], got {list(position_ids.shape)}"
         )
-
-
-def fused_columns(
-    positions: Sequence[int] | Tensor | None, batch: int, length: int
-) -> Tensor | None:
-    """bool ``[1 or batch, length - 1]`` from the ``positions`` of generate; None stays None.
-
-    Raises:
-        TypeError: neither integers nor bools.
-        ValueError: another shape, a column outside the prompt, or its last one.
-    """
-    if positions is None:
-        return None
-    given = _tensor_of(positions)
-    rule = f"the last of the {length} prompt tokens is never fused"
-    if given.dtype == torch.bool:
-        if given.shape not in ((length,), (batch, length)):
-            raise ValueError(
-                f"c2c_ext: a positions mask must be [{length}] or [{batch}, {length}] (the "
-                f"prompt's shape), got {list(given.shape)}"
-            )
-        given = given.reshape(-1, length)
-        if given[:, -1].any():
-            raise ValueError(f"c2c_ext: positions marks column {length - 1}: {rule}")
-        return given[:, :-1]
-    if given.ndim != 1:
-        raise ValueError(
-            "c2c_ext: positions must be a 1-D list of columns or a bool mask, got integers of "
-            f"shape {list(given.shape)}"
-        )
-    columns = torch.zeros(1, length - 1, dtype=torch.bool)
-    named = given.tolist()
-    if len(named) > 2 and set(named) <= {0, 1}:
-        raise ValueError(
-            f"c2c_ext: positions must be columns or a mask of bools, got {len(named)} integers "
-            "that are all 0 or 1: a mask would be given as bools"
-        )
-    for column in named:
-        if length == 1:
-            raise ValueError(
-                "c2c_ext: positions must be empty for a prompt of one token, which has nothing to "
-                f"fuse ({rule}), got {column}"
-            )
-        if not 0 <= column < length - 1:
-            raise ValueError(
-                f"c2c_ext: positions must be at least 0 and at most {length - 2} ({rule}), "
-                f"got {column}"
-            )
-        columns[0, column] = True
-    return columns
-
-
-def _tensor_of(positions: Any) -> Tensor:
-    """``positions`` as integers or bools."""
-    try:
-        if not isinstance(positions, Tensor) and hasattr(positions, "tolist"):
-            given = torch.as_tensor(positions.tolist())  # numpy's may be reversed or read-only
-        else:
-            given = torch.as_tensor(positions)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TypeError(
-            "c2c_ext: positions must be a range, list, tuple, array or tensor of int64 columns or "
-            f"bools, got {type(positions).__name__}: {error}"
-        ) from error
-    if given.layout != torch.strided or given.is_meta:
-        raise TypeError(
-            "c2c_ext: positions must be a dense tensor that holds numbers, got "
-            f"{given.layout} on {given.device}"
-        )
-    if given.numel() == 0 and given.ndim == 1:
-        given = given.long()  # an empty list is float32
-    if given.is_floating_point() or given.is_complex():
-        raise TypeError(f"c2c_ext: positions must be integers or bools, got {given.dtype}")
-    return given

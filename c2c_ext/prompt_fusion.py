@@ -14,6 +14,8 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from .fuser import Fuser
 from .fusion import fuse
 from .overlap import run_both
+from .positions import Positions, resolved
+from .prefill import read_tokens
 
 # Newer versions of transformers trim the inputs to this many tokens; older ones by cache_position.
 _TRIMS_BY_LENGTH = (
@@ -43,8 +45,9 @@ class Prompt:
 
     batch: int  # rows, before generate repeats them for beams
     length: int  # tokens of a row
-    columns: Tensor | None  # bool [1 or batch, length - 1]: which to fuse; None: all
+    columns: Tensor | Positions | None  # bool [1 or batch, length - 1]: which to fuse; None: all
     position_ids: Tensor | None  # the caller's own, [1 or batch, length]
+    chunk: int | None = None  # tokens that a forward of a prefill reads at most; None: all
 
 
 def holds_fused_prompt(cache: Any) -> bool:
@@ -107,16 +110,18 @@ def fuse_prompt(
     if given < prompt.length:
         raise ValueError(
             f"c2c_ext: the first step must see the whole prompt of {prompt.length} tokens, "
-            f"got {given}: prefill_chunk_size is not supported by an attached receiver"
+            f"got {given}"
         )
     kwargs = {**kwargs, "past_key_values": cache}
     length = prompt.length - 1
     if length > 0:
         repeats = rows // prompt.batch  # beams, return sequences: equal rows stand together
         mask = kwargs.get("attention_mask")
-        mask = None if mask is None else mask[::repeats, :length]
+        mask = None if mask is None else mask[::repeats, : length + 1]
+        columns = resolved(prompt.columns, mask, prompt.length)
+        mask = None if mask is None else mask[:, :length]
         ids = input_ids[::repeats, :length]
-        fused = _fused_cache(receiver, sharer, fuser, prompt, ids, mask, overlap)
+        fused = _fused_cache(receiver, sharer, fuser, prompt, ids, mask, columns, overlap)
         _fill(cache, fused, repeats)
         if _TRIMS_BY_LENGTH:
             kwargs["next_sequence_length"] = given - length
@@ -185,6 +190,7 @@ def _fused_cache(
     prompt: Prompt,
     ids: Tensor,  # [batch, n]: the prompt without its last token
     mask: Tensor | None,  # [batch, n]
+    columns: Tensor | None,  # bool [1 or batch, n]; None: all
     overlap: str,
 ) -> list[tuple[Tensor, Tensor]]:
     """One fused (key, value) ``[batch, heads, n, dim]`` per receiver layer."""
@@ -200,41 +206,27 @@ def _fused_cache(
     for role, model, read in (("receiver", receiver, ids), ("sharer", sharer, sharer_ids)):
         # Moved now: each prefill may run on a stream or in a thread of its own.
         given = (None if t is None else t.to(model.device) for t in (read, mask, position_ids))
-        prefills.append(functools.partial(_prefill, role, model, *given))
+        prefills.append(functools.partial(_prefill, role, model, *given, prompt.chunk))
     base, shared = run_both(overlap, receiver, sharer, *prefills)
     shared = [(key.to(base[0][0]), value.to(base[0][0])) for key, value in shared]
-    token_map = _token_map(prompt.columns, mask, ids)
+    token_map = _token_map(columns, mask, ids)
     # In place: these tensors are ours alone.
     return fuse(base, shared, fuser, token_map=token_map, inplace=True)
 
 
 def _prefill(
-    role: str, model: PreTrainedModel, ids: Tensor, mask: Tensor | None, position_ids: Tensor
+    role: str,
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor,
+    chunk: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """(key, value) ``[batch, heads, n, dim]`` of every layer, sliding ones too.
 
     The tensors are on the model's device.
     """
-    cache = DynamicCache()  # made without the configuration, so that no layer slides
-    # The base model: no logits are needed, and a compiled forward is left alone.
-    model.base_model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    kept = [int(layer.get_seq_length()) for layer in cache.layers]
-    if not kept or min(kept) != ids.shape[1]:
-        cause = (
-            "it is in training mode, where gradient checkpointing makes transformers drop the "
-            "cache: call its eval()"
-            if model.training
-            else "its forward did not fill the past_key_values it was given"
-        )
-        raise RuntimeError(
-            f"c2c_ext: the {role} ({type(model).__name__}) kept no cache of the prompt; {cause}"
-        )
+    cache = read_tokens(role, model, ids, mask=mask, position_ids=position_ids, chunk=chunk)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 

@@ -246,8 +246,6 @@ def test_what_an_attached_receiver_does_not_support_is_refused(trio):
             generate(receiver, ids, cu_seq_lens_q=torch.tensor([0, 11, 22]))
         with pytest.raises(ValueError, match=r"must be empty .* the 4 tokens .* were not fused"):
             generate(receiver, ids, past_key_values=held)
-        with pytest.raises(ValueError, match=r"whole prompt of 11 tokens, got 4: prefill_chunk"):
-            generate(receiver, ids, prefill_chunk_size=4, past_key_values=DynamicCache())
         with pytest.raises(ValueError, match=r"\[batch, tokens\], got \[11\]"):
             generate(receiver, ids[0])
         with pytest.raises(ValueError, match=r"not used by the model.*nonsense"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..cache import KVPairs
+from ..prefill import read_tokens
 
 
 @torch.no_grad()
@@ -34,23 +35,10 @@ def prefill(
         # Padding goes behind, where no token of a model that reads forward sees it and none needs a
         # mask: in front it would have nothing to attend to, which gives NaN in some models.
         ids = ids.gather(1, (columns + padding).clamp(max=tokens - 1))
-    cache = DynamicCache()  # made without the configuration, so that no layer slides
-    chunk = tokens if chunk is None else chunk
-    for start in range(0, tokens, chunk):
-        end = min(start + chunk, tokens)
-        # The base model: no logits are needed.
-        model.base_model(
-            input_ids=ids[:, start:end],
-            attention_mask=torch.ones_like(ids[:, :end]),
-            position_ids=columns[None, start:end].expand(len(ids), -1),
-            past_key_values=cache,
-            use_cache=True,
-        )
-    kept = [int(layer.get_seq_length()) for layer in cache.layers]
-    if not kept or min(kept) != tokens:
-        raise RuntimeError(
-            f"c2c_ext.training: the {role} ({type(model).__name__}) kept no cache of the prompt"
-        )
+    position_ids = columns.expand(len(ids), -1)
+    cache = read_tokens(
+        role, model, ids, mask=torch.ones_like(ids), position_ids=position_ids, chunk=chunk
+    )
     if padded:
         for layer in cache.layers:
             layer.keys = _moved(layer.keys, columns - padding)
