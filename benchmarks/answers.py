@@ -25,7 +25,8 @@ from c2c_ext.config import KINDS
 from c2c_ext.fusion import fuse
 from c2c_ext.fusion_bench import randomised
 from c2c_ext.measure import Unverified, compare, worst
-from c2c_ext.prompt_fusion import _fill, _prefill
+from c2c_ext.prefill import read_tokens
+from c2c_ext.prompt_fusion import _fill
 
 MODES = ("receiver", "T2T", "C2C")
 BATCH = 1
@@ -173,8 +174,8 @@ class Pair:
 
         read = ids[:, :-1]
         positions = torch.arange(read.shape[1], device=self.device).expand(read.shape)
-        base = lap(_prefill("receiver", self.receiver, read, None, positions))
-        shared = lap(_prefill("sharer", self.sharer, read, None, positions))
+        base = lap(_prefill("receiver", self.receiver, read, positions))
+        shared = lap(_prefill("sharer", self.sharer, read, positions))
         shared = lap([(key.to(base[0][0]), value.to(base[0][0])) for key, value in shared])
         fused = lap(fuse(base, shared, self.fuser, inplace=True))
         cache = DynamicCache()
@@ -229,7 +230,7 @@ class Pair:
         """The fused prompt, first and last layer compared with float64 by the tests' tolerance."""
         positions = torch.arange(ids.shape[1], device=self.device).expand(ids.shape)
         base, sharer = (
-            _prefill(role, model, ids, None, positions)
+            _prefill(role, model, ids, positions)
             for role, model in (("receiver", self.receiver), ("sharer", self.sharer))
         )
         fused, config, found = fuse(base, sharer, self.fuser), self.fuser.config, []
@@ -278,3 +279,9 @@ def _next_logits(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Te
     positions = torch.arange(held, held + ids.shape[1], device=ids.device)[None]
     output = model(ids, past_key_values=cache, position_ids=positions, logits_to_keep=1)
     return output.logits[:, -1].float()
+
+
+def _prefill(role: str, model: PreTrainedModel, ids: Tensor, positions: Tensor) -> KVPairs:
+    """(key, value) of every layer."""
+    cache = read_tokens(role, model, ids, position_ids=positions)
+    return [(layer.keys, layer.values) for layer in cache.layers]

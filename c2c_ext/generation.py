@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
 from .fuser import Fuser
+from .fusion_checks import check_fusion
 from .generation_arguments import (
     Settings,
     check_continuation,
@@ -31,6 +32,8 @@ from .model_kv import ModelKV
 from .overlap import usable
 from .positions import Positions, fused_columns
 from .prompt_fusion import Prompt, fuse_prompt, holds_fused_prompt, read_on
+from .selection import spans_of
+from .sharers import Sharing
 
 _ATTACHMENT = "_c2c_attachment"
 
@@ -58,12 +61,10 @@ class _Call:
 
 @dataclass
 class _Attachment:
-    """What `attach` hangs on the receiver: no module, so the sharer is no part of the receiver."""
+    """What `attach` hangs on the receiver: no module, so no sharer is a part of the receiver."""
 
     original_class: type
-    sharer: PreTrainedModel
-    fuser: Fuser
-    overlap: str = "none"  # of overlap.usable
+    sharing: Sharing
     # By thread: streamers are usually read in one thread while generate runs in another.
     calls: dict[int, _Call] = field(default_factory=dict)
 
@@ -100,11 +101,13 @@ class _FusedGeneration:
         inputs: Tensor | None = None,
         *args: Any,
         positions: Sequence[int] | slice | Tensor | Positions | None = None,
+        sharers: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
+        sections: Sequence[tuple[int, Any]] | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' `generate`, answering from the fused cache of the prompt.
 
-        Both models read the same token ids. The last prompt token and padding are never fused; a
+        All models read the same token ids. The last prompt token and padding are never fused; a
         prompt of one token generates as the receiver alone does.
 
         A later turn is given as in transformers: ``input_ids`` of the whole conversation and the
@@ -122,6 +125,15 @@ class _FusedGeneration:
                 list, tuple, 1-D array or 1-D tensor, the same for all rows), a bool mask ``[P]`` or
                 ``[B, P]``, or `c2c_ext.Positions`, which count each row's own tokens. All columns
                 by default.
+            sharers: which sharers to fuse with: indices into the list that was attached (``[]``:
+                none), the same for all rows; a list of indices for every row; or bools ``[K]`` or
+                ``[B, K]``. All by default. They are fused in the list's order. A sharer that no row
+                selects is not run; in a row that does not select it nothing of it is fused.
+            sections: ``(length, sharers)`` of spans of prompt columns, one after the other from
+                column 0, instead of ``sharers``. They are fused one by one: what the receiver
+                computes for a later span has read the earlier ones as fused, while every sharer's
+                own cache stays as it is. ``sharers`` of a section as above. What the sections leave
+                over is not fused; ``positions`` and padding restrict them further.
             *args, **kwargs: as transformers' `generate`; ``attention_mask`` is ``[B, P]``.
                 ``prefill_chunk_size`` bounds what one forward of either model reads of the prompt.
 
@@ -161,13 +173,15 @@ class _FusedGeneration:
             cache = kwargs.get("past_key_values")
             call.held, columns = tokens_held(cache), None
             if call.held:
-                check_continuation(holds_fused_prompt(cache), positions, call.held, length)
+                named = {"positions": positions, "sharers": sharers, "sections": sections}
+                check_continuation(holds_fused_prompt(cache), named, call.held, length)
             else:
                 columns = fused_columns(positions, batch, length)
+            spans = spans_of(sharers, sections, batch, length, len(attachment.sharing))
             chunk = None
             if not call.held:
                 chunk, args, kwargs = take_chunk_size(self.generation_config, args, kwargs)
-            call.prompt = Prompt(batch, length, columns, position_ids, chunk)
+            call.prompt = Prompt(batch, length, columns, position_ids, spans, chunk)
         with attachment.armed(call):
             output = super().generate(inputs, *args, **kwargs)
         if not (call.prompt is None or call.begun or call.answered_inside):
@@ -186,22 +200,30 @@ class _FusedGeneration:
 
 
 def attach(
-    receiver: PreTrainedModel, sharer: PreTrainedModel, fuser: Fuser, *, overlap: str = "none"
+    receiver: PreTrainedModel,
+    sharer: PreTrainedModel | Sequence[PreTrainedModel],
+    fuser: Fuser | Sequence[Fuser],
+    *,
+    fusion: str = "parallel",
+    overlap: str = "none",
 ) -> PreTrainedModel:
     """Makes ``receiver.generate`` answer from its own cache fused with the sharer's.
 
     The receiver stays the same object, with its own parameters, state dict and saved form only.
-    The sharer may be the receiver itself.
+    A sharer may be the receiver itself.
 
     Args:
         receiver: a decoder-only transformers model that can generate.
-        sharer: a decoder-only transformers model, with or without a language-model head.
-        fuser: a fuser between the two.
-        overlap: how the two prefills of a prompt run. ``"none"``: one after the other. On GPUs the
-            sharer's can run beside the receiver's: ``"stream"``, on a CUDA stream of its own, or
+        sharer: a decoder-only transformers model, with or without a language-model head; or a list
+            of several.
+        fuser: a fuser between the two; with a list of sharers a list of one for each.
+        fusion: how several sharers are fused, ``"parallel"`` or ``"sequential"``: as `fuse`.
+        overlap: how the prefills of a prompt run. ``"none"``: one after the other. On GPUs the
+            sharers' can run beside the receiver's: ``"stream"``, on a CUDA stream of their own, or
             ``"thread"``, launched by a thread too. Both are for trying out: whether they are faster
             has not been measured. The result is the same. Elsewhere ``"stream"`` changes nothing,
-            and models that share parameters never overlap.
+            and neither models that share parameters with the receiver nor sharers on several
+            devices overlap.
 
     Returns:
         ``receiver``.
@@ -209,10 +231,15 @@ def attach(
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: the receiver is attached already, a model is an encoder-decoder or keeps no
-            plain keys and values, the fuser was made for other KV shapes (names the layer), or an
-            unknown ``overlap``.
+            plain keys and values, a fuser was made for other KV shapes (names the layer), lists of
+            different lengths or empty ones, an unknown ``fusion`` or ``overlap``.
     """
-    for name, model in (("receiver", receiver), ("sharer", sharer)):
+    sharers, fusers, places = _listed(sharer, fuser)
+    models = [
+        ("receiver", receiver),
+        *((f"sharer{p}", m) for p, m in zip(places, sharers, strict=True)),
+    ]
+    for name, model in models:
         if not isinstance(model, PreTrainedModel):
             raise TypeError(
                 f"c2c_ext.attach: {name} must be a transformers model, got {type(model).__name__}"
@@ -227,22 +254,46 @@ def attach(
             f"c2c_ext.attach: receiver must be a model that can generate, "
             f"{type(receiver).__name__} has no generate"
         )
-    if not isinstance(fuser, Fuser):
-        raise TypeError(
-            f"c2c_ext.attach: fuser must be a c2c_ext.Fuser, got {type(fuser).__name__}"
-        )
+    for place, one in zip(places, fusers, strict=True):
+        if not isinstance(one, Fuser):
+            raise TypeError(
+                f"c2c_ext.attach: fuser{place} must be a c2c_ext.Fuser, got {type(one).__name__}"
+            )
     if hasattr(receiver, _ATTACHMENT):
         raise ValueError("c2c_ext.attach: receiver is attached already: detach it first")
-    problems = fuser.config.mismatches(
-        ModelKV.from_config(receiver.config), ModelKV.from_config(sharer.config)
-    )
-    if problems:
-        raise ValueError(f"c2c_ext.attach: {problems[0]}")
-    overlap = usable(overlap, receiver, sharer)
+    for place, model, one in zip(places, sharers, fusers, strict=True):
+        problems = one.config.mismatches(
+            ModelKV.from_config(receiver.config), ModelKV.from_config(model.config)
+        )
+        if problems:
+            where = f"fuser{place} and sharer{place}: " if place else ""
+            raise ValueError(f"c2c_ext.attach: {where}{problems[0]}")
+    check_fusion("c2c_ext.attach", fusion)
+    sharing = Sharing(sharers, fusers, fusion, usable(overlap, receiver, sharers))
     original = type(receiver)
-    setattr(receiver, _ATTACHMENT, _Attachment(original, sharer, fuser, overlap))
+    setattr(receiver, _ATTACHMENT, _Attachment(original, sharing))
     receiver.__class__ = _attached_class(original)
     return receiver
+
+
+def _listed(sharer: Any, fuser: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], list[str]]:
+    """Sharers, fusers and their places for messages: "[k]" of a list, "" of a single one."""
+    listed = [isinstance(given, (list, tuple)) for given in (sharer, fuser)]
+    if not any(listed):
+        return (sharer,), (fuser,), [""]
+    if not all(listed):
+        alone, other = ("fuser", "sharer") if listed[0] else ("sharer", "fuser")
+        single = fuser if listed[0] else sharer
+        raise TypeError(
+            f"c2c_ext.attach: {other} is a list, so {alone} must be a list of as many, got "
+            f"{type(single).__name__}"
+        )
+    if len(sharer) != len(fuser) or not sharer:
+        raise ValueError(
+            "c2c_ext.attach: sharer and fuser must have as many entries as each other, and at "
+            f"least one, got {len(sharer)} and {len(fuser)}"
+        )
+    return tuple(sharer), tuple(fuser), [f"[{k}]" for k in range(len(sharer))]
 
 
 def detach(receiver: PreTrainedModel) -> PreTrainedModel:
@@ -261,10 +312,15 @@ def detach(receiver: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def attached(
-    receiver: PreTrainedModel, sharer: PreTrainedModel, fuser: Fuser, *, overlap: str = "none"
+    receiver: PreTrainedModel,
+    sharer: PreTrainedModel | Sequence[PreTrainedModel],
+    fuser: Fuser | Sequence[Fuser],
+    *,
+    fusion: str = "parallel",
+    overlap: str = "none",
 ) -> Iterator[PreTrainedModel]:
     """``with attached(receiver, sharer, fuser):`` attaches and, whatever happens, detaches."""
-    attach(receiver, sharer, fuser, overlap=overlap)
+    attach(receiver, sharer, fuser, fusion=fusion, overlap=overlap)
     try:
         yield receiver
     finally:
@@ -283,15 +339,7 @@ def _attached_class(original: type) -> type:
             if call.held:
                 kwargs = read_on(call.prompt, call.held, input_ids, kwargs)
             else:
-                kwargs = fuse_prompt(
-                    self,
-                    attachment.sharer,
-                    attachment.fuser,
-                    call.prompt,
-                    input_ids,
-                    kwargs,
-                    attachment.overlap,
-                )
+                kwargs = fuse_prompt(self, attachment.sharing, call.prompt, input_ids, kwargs)
             call.begun = True
         return original.prepare_inputs_for_generation(self, input_ids, **kwargs)
 

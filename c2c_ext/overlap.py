@@ -1,4 +1,4 @@
-"""Two prefills at once: the sharer's beside the receiver's, on a CUDA stream or in a thread.
+"""Prefills at once: the sharers' beside the receiver's, on a CUDA stream or in a thread.
 
 Results are those of one after the other. No GPU has measured what it gains, so it is not a default.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -20,8 +20,10 @@ OVERLAPS = ("none", "stream", "thread")
 Prefill = Callable[[], KVPairs]
 
 
-def usable(overlap: str, receiver: PreTrainedModel, sharer: PreTrainedModel) -> str:
-    """``overlap``, or ``"none"`` for models that share parameters: no model runs twice at once.
+def usable(overlap: str, receiver: PreTrainedModel, sharers: Sequence[PreTrainedModel]) -> str:
+    """``overlap``, or ``"none"`` where a sharer shares parameters with the receiver.
+
+    No model runs twice at once; the sharers themselves run one after the other.
 
     Raises:
         ValueError: ``overlap`` is none of `OVERLAPS`.
@@ -33,29 +35,32 @@ def usable(overlap: str, receiver: PreTrainedModel, sharer: PreTrainedModel) -> 
     if overlap == "none":
         return overlap
     own = {id(parameter) for parameter in receiver.parameters()}
-    return "none" if any(id(p) in own for p in sharer.parameters()) else overlap
+    shared = any(id(p) in own for sharer in sharers for p in sharer.parameters())
+    return "none" if shared else overlap
 
 
 def run_both(
     overlap: str,
     receiver: PreTrainedModel,
-    sharer: PreTrainedModel,
+    sharers: Sequence[PreTrainedModel],
     receiver_prefill: Prefill,
     sharer_prefill: Prefill,
 ) -> tuple[KVPairs, KVPairs]:
     """What both prefills give, ready for the current streams.
 
-    One after the other where they cannot overlap: ``"stream"`` needs both models on GPUs,
-    ``"thread"`` a sharer on one device.
+    One after the other where they cannot overlap: ``"stream"`` needs all models on GPUs,
+    ``"thread"`` sharers on one device; several sharers are on the same one.
 
     Args:
         overlap: of `usable`.
-        receiver_prefill, sharer_prefill: their inputs are on the models' devices already.
+        receiver_prefill: its inputs are on the receiver's device already.
+        sharer_prefill: of all sharers, one after the other; likewise.
 
     Raises:
         What a prefill raises, once the other has ended; the receiver's where both do.
     """
-    place = None if overlap == "none" else _device_of(sharer)
+    places = set() if overlap == "none" else {_device_of(sharer) for sharer in sharers}
+    place = places.pop() if len(places) == 1 else None
     on_gpus = place is not None and place.type == receiver.device.type == "cuda"
     if overlap == "stream" and on_gpus:
         with _beside(side_stream(place)) as (side, hand_over):

@@ -1,8 +1,7 @@
-"""The fused prompt: two prefills, one fusion, and the cache of generate filled with the result."""
+"""The fused prompt: read and fused span by span, and generate's cache filled with the result."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +10,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
-from .fuser import Fuser
-from .fusion import fuse
-from .overlap import run_both
 from .positions import Positions, resolved
 from .prefill import read_tokens
+from .selection import Span
+from .sharers import SharerReading, Sharing, fuse_columns, read_beside
 
 # Newer versions of transformers trim the inputs to this many tokens; older ones by cache_position.
 _TRIMS_BY_LENGTH = (
@@ -47,6 +45,7 @@ class Prompt:
     length: int  # tokens of a row
     columns: Tensor | Positions | None  # bool [1 or batch, length - 1]: which to fuse; None: all
     position_ids: Tensor | None  # the caller's own, [1 or batch, length]
+    spans: tuple[Span, ...]  # one after the other from column 0; what they leave over is not fused
     chunk: int | None = None  # tokens that a forward of a prefill reads at most; None: all
 
 
@@ -71,19 +70,16 @@ def holds_fused_prompt(cache: Any) -> bool:
 
 def fuse_prompt(
     receiver: PreTrainedModel,
-    sharer: PreTrainedModel,
-    fuser: Fuser,
+    sharing: Sharing,
     prompt: Prompt,
     input_ids: Tensor,  # [batch * beams, prompt.length or more (drafted tokens)]
     kwargs: dict[str, Any],
-    overlap: str = "none",
 ) -> dict[str, Any]:
     """Fills the cache to decode from with the fused prompt.
 
     Args:
         input_ids: of the first `prepare_inputs_for_generation` of a call of generate.
         kwargs: its other arguments.
-        overlap: how the two prefills do, of `overlap.usable`.
 
     Returns:
         the arguments for what is left of the prompt: its last token and any drafted ones.
@@ -121,8 +117,8 @@ def fuse_prompt(
         columns = resolved(prompt.columns, mask, prompt.length)
         mask = None if mask is None else mask[:, :length]
         ids = input_ids[::repeats, :length]
-        fused = _fused_cache(receiver, sharer, fuser, prompt, ids, mask, columns, overlap)
-        _fill(cache, fused, repeats)
+        fused = _fused_cache(receiver, sharing, prompt, ids, mask, columns)
+        _fill(cache, [(layer.keys, layer.values) for layer in fused.layers], repeats)
         if _TRIMS_BY_LENGTH:
             kwargs["next_sequence_length"] = given - length
         if not _TRIMS_BY_LENGTH or kwargs.get("cache_position") is not None:
@@ -185,15 +181,13 @@ def _fill(cache: Any, fused: list[tuple[Tensor, Tensor]], repeats: int) -> None:
 
 def _fused_cache(
     receiver: PreTrainedModel,
-    sharer: PreTrainedModel,
-    fuser: Fuser,
+    sharing: Sharing,
     prompt: Prompt,
     ids: Tensor,  # [batch, n]: the prompt without its last token
     mask: Tensor | None,  # [batch, n]
     columns: Tensor | None,  # bool [1 or batch, n]; None: all
-    overlap: str,
-) -> list[tuple[Tensor, Tensor]]:
-    """One fused (key, value) ``[batch, heads, n, dim]`` per receiver layer."""
+) -> DynamicCache:
+    """The receiver's cache of ``ids``, fused; no layer slides."""
     n = ids.shape[1]
     if prompt.position_ids is not None:
         position_ids = prompt.position_ids[..., :n]
@@ -201,37 +195,82 @@ def _fused_cache(
         position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
     else:
         position_ids = torch.arange(n, device=ids.device).expand(ids.shape)
-    sharer_ids = _ids_for_sharer(receiver, sharer, ids, mask)
-    prefills = []
-    for role, model, read in (("receiver", receiver, ids), ("sharer", sharer, sharer_ids)):
-        # Moved now: each prefill may run on a stream or in a thread of its own.
-        given = (None if t is None else t.to(model.device) for t in (read, mask, position_ids))
-        prefills.append(functools.partial(_prefill, role, model, *given, prompt.chunk))
-    base, shared = run_both(overlap, receiver, sharer, *prefills)
-    shared = [(key.to(base[0][0]), value.to(base[0][0])) for key, value in shared]
-    token_map = _token_map(columns, mask, ids)
-    # In place: these tensors are ours alone.
-    return fuse(base, shared, fuser, token_map=token_map, inplace=True)
+    place = receiver.device
+    ids, mask, position_ids, columns = (
+        None if t is None else t.to(place) for t in (ids, mask, position_ids, columns)
+    )
+    chosen = sorted({k for span in prompt.spans for k in span.sharers()})
+    # Made now: each prefill may run on a stream or in a thread of its own.
+    readings = {k: _reading(receiver, sharing, k, ids, mask, position_ids) for k in chosen}
+    allowed = columns
+    if mask is not None:
+        allowed = mask != 0 if columns is None else (mask != 0) & columns
+    spans = [span for span in prompt.spans if span.start < span.end]
+    if not spans or spans[-1].end < n:
+        nobody = torch.zeros(1, len(sharing), dtype=torch.bool)
+        spans.append(Span(spans[-1].end if spans else 0, n, nobody))
+    cache = None
+    for span in spans:
+
+        def read(span: Span = span, held: Any = cache) -> DynamicCache:
+            return read_tokens(
+                "receiver",
+                receiver,
+                ids[:, span.start : span.end],
+                position_ids=position_ids[..., span.start : span.end],
+                cache=held,
+                mask=None if mask is None else mask[:, : span.end],
+                chunk=prompt.chunk,
+            )
+
+        if cache is None:
+            cache = read_beside(sharing, receiver, read, list(readings.values()), prompt.chunk)
+        else:
+            cache = read()
+        here = span.sharers()
+        fuse_columns(
+            cache,
+            [readings[k] for k in here],
+            span.start,
+            span.end,
+            [_in_rows(allowed, span, k) for k in here],
+            sharing.fusion,
+        )
+    return cache
 
 
-def _prefill(
-    role: str,
-    model: PreTrainedModel,
+def _in_rows(allowed: Tensor | None, span: Span, sharer: int) -> Tensor | None:
+    """bool ``[1 or batch, columns of the span]``: where a sharer is fused; None: everywhere."""
+    allowed = None if allowed is None else allowed[:, span.start : span.end]
+    rows = span.selected[:, sharer]
+    if bool(rows.all()):
+        return allowed
+    if allowed is None:
+        allowed = torch.ones(1, span.end - span.start, dtype=torch.bool)
+    return allowed & rows[:, None].to(allowed.device)
+
+
+def _reading(
+    receiver: PreTrainedModel,
+    sharing: Sharing,
+    place: int,
     ids: Tensor,
     mask: Tensor | None,
     position_ids: Tensor,
-    chunk: int | None = None,
-) -> list[tuple[Tensor, Tensor]]:
-    """(key, value) ``[batch, heads, n, dim]`` of every layer, sliding ones too.
-
-    The tensors are on the model's device.
-    """
-    cache = read_tokens(role, model, ids, mask=mask, position_ids=position_ids, chunk=chunk)
-    return [(layer.keys, layer.values) for layer in cache.layers]
+) -> SharerReading:
+    """A sharer that is to read the receiver's own tokens."""
+    model, role = sharing.sharers[place], sharing.role(place)
+    own = _ids_for_sharer(role, receiver, model, ids, mask)
+    given = (None if t is None else t.to(model.device) for t in (own, mask, position_ids))
+    return SharerReading(place, role, model, sharing.fusers[place], *given)
 
 
 def _ids_for_sharer(
-    receiver: PreTrainedModel, sharer: PreTrainedModel, ids: Tensor, mask: Tensor | None
+    role: str,
+    receiver: PreTrainedModel,
+    sharer: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor | None,
 ) -> Tensor:
     """``ids`` with padding replaced by token 0, all inside the sharer's vocabulary."""
     if mask is not None:  # the receiver's padding token need not exist in the sharer
@@ -242,19 +281,7 @@ def _ids_for_sharer(
     largest = int(ids.max())
     if largest >= vocabulary:
         raise ValueError(
-            f"c2c_ext: both models read the same tokens: input_ids must be below the sharer's "
+            f"c2c_ext: both models read the same tokens: input_ids must be below the {role}'s "
             f"vocabulary size {vocabulary}, got {largest}"
         )
     return ids
-
-
-def _token_map(columns: Tensor | None, mask: Tensor | None, ids: Tensor) -> Tensor | None:
-    """int64 ``[batch, n]``: the column itself where it is fused, else -1; None: all are fused."""
-    if columns is None and mask is None:
-        return None
-    fused = torch.ones_like(ids, dtype=torch.bool)
-    if columns is not None:
-        fused &= columns.to(ids.device)
-    if mask is not None:
-        fused &= mask.to(ids.device) != 0
-    return torch.where(fused, torch.arange(ids.shape[1], device=ids.device), -1)

@@ -201,7 +201,7 @@ def test_a_copy_is_attached_and_independent(again, own_sharer):
     twin = again(receiver)
     del receiver._c2c_attachment.calls[-1]
     assert twin._c2c_attachment.calls == {}
-    assert (twin._c2c_attachment.sharer is twin) == own_sharer
+    assert (twin._c2c_attachment.sharing.sharers[0] is twin) == own_sharer
     with torch.no_grad():  # nothing is shared
         for module in (receiver, sharer, fuser):
             for parameter in module.parameters():

@@ -257,7 +257,7 @@ def test_overlapped_prefills_run_on_two_streams(gpu, how):
         tensor.fill_(1.0)
         return [(tensor, tensor)]
 
-    base, shared = overlap.run_both(how, place, place, prefill, prefill)
+    base, shared = overlap.run_both(how, place, [place], prefill, prefill)
     total = base[0][0] + shared[0][0]  # on the current stream, which has waited
     del base, shared
     assert total.eq(2.0).all()

@@ -131,7 +131,7 @@ def test_copies_keep_it(trio) -> None:
     receiver, sharer, fuser = trio
     with c2c_ext.attached(receiver, sharer, fuser, overlap="thread"):
         copied = copy.deepcopy(receiver)
-    first, second, met = meeting(copied, copied._c2c_attachment.sharer)
+    first, second, met = meeting(copied, copied._c2c_attachment.sharing.sharers[0])
     with first, second:
         generate(copied, prompt())
     assert len(met) == 2
@@ -148,7 +148,7 @@ def test_an_unknown_overlap_is_refused(trio) -> None:
 
 
 def both(receiver_prefill, sharer_prefill, how: str = "thread"):
-    return ov.run_both(how, CPU, CPU, receiver_prefill, sharer_prefill)
+    return ov.run_both(how, CPU, [CPU], receiver_prefill, sharer_prefill)
 
 
 def modes() -> dict[str, object]:
@@ -256,7 +256,9 @@ def test_an_interrupt_while_waiting_is_raised_when_the_thread_has_ended(monkeypa
 
 def test_a_model_spread_over_devices_is_not_overlapped() -> None:
     spread = SimpleNamespace(device=torch.device("cpu"), hf_device_map={"a": 0, "b": "cpu"})
-    threads = ov.run_both("thread", CPU, spread, threading.current_thread, threading.current_thread)
+    threads = ov.run_both(
+        "thread", CPU, [spread], threading.current_thread, threading.current_thread
+    )
     assert set(threads) == {threading.current_thread()}
 
 
@@ -314,7 +316,7 @@ def prefill(name: str, log: list):
 
 
 def test_the_side_stream_begins_and_ends_in_order(log) -> None:
-    ov.run_both("stream", GPU, GPU, prefill("receiver", log), prefill("sharer", log))
+    ov.run_both("stream", GPU, [GPU], prefill("receiver", log), prefill("sharer", log))
     assert log == [
         "side waits for current",
         "sharer on side",
@@ -325,7 +327,7 @@ def test_the_side_stream_begins_and_ends_in_order(log) -> None:
 
 
 def test_the_thread_launches_on_the_side_stream(log) -> None:
-    ov.run_both("thread", GPU, GPU, prefill("receiver", log), prefill("sharer", log))
+    ov.run_both("thread", GPU, [GPU], prefill("receiver", log), prefill("sharer", log))
     assert sorted(log[1:3]) == ["receiver on current", "sharer on side"]
     assert log[:1] + log[3:] == [
         "side waits for current",
@@ -340,7 +342,7 @@ def test_after_an_error_the_current_stream_waits_too(log, how, failing) -> None:
     prefills = [prefill("receiver", log), prefill("sharer", log)]
     prefills[failing] = fails
     with pytest.raises(KeyError, match="stopped"):
-        ov.run_both(how, GPU, GPU, *prefills)
+        ov.run_both(how, GPU, [GPU], *prefills)
     assert log[0] == "side waits for current" and log[-1] == "current waits for side"
     assert torch.cuda.current_stream().name == "current"
 
@@ -348,7 +350,7 @@ def test_after_an_error_the_current_stream_waits_too(log, how, failing) -> None:
 @pytest.mark.parametrize("how", ["none", "stream", "thread"])
 @pytest.mark.parametrize("models", [(CPU, GPU), (GPU, GPU)], ids=["receiver on CPU", "both"])
 def test_streams_are_for_two_models_on_gpus(log, how, models) -> None:
-    ov.run_both(how, *models, prefill("receiver", log), prefill("sharer", log))
+    ov.run_both(how, models[0], [models[1]], prefill("receiver", log), prefill("sharer", log))
     overlapped = how != "none" and models[0] is GPU
     in_turn = ["receiver on current", "sharer on current"]
     assert (log == in_turn) != overlapped
@@ -357,7 +359,7 @@ def test_streams_are_for_two_models_on_gpus(log, how, models) -> None:
 def test_tensors_of_another_gpu_are_not_recorded(log) -> None:
     made = Made(log)
     made.device = torch.device("cuda", 1)
-    ov.run_both("stream", GPU, GPU, lambda: [], lambda: [(made, made)])
+    ov.run_both("stream", GPU, [GPU], lambda: [], lambda: [(made, made)])
     assert not [line for line in log if "recorded" in line]
 
 
