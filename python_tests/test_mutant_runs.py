@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import c2c_ext
 
@@ -111,3 +112,25 @@ def test_a_test_of_one_order_runs_in_that_order_alone(said) -> None:
         ["test_it.py::test_answer", f"test_it.py::test_order[{order}]"]
         for order in ("forward", "reverse")
     ]
+
+
+def test_answers_are_remembered_but_not_those_with_a_graph(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import mutant_runs
+
+    weight, asked = torch.ones(2, requires_grad=True), []
+
+    def reference(scale: float) -> list[torch.Tensor]:
+        asked.append(scale)
+        return [scale * weight]
+
+    answers: dict = {}
+    for _ in range(2):  # a test runs once for every mutant
+        fuse = mutant_runs.remembering(answers, "a test", reference)
+        with torch.no_grad():
+            assert fuse(2.0)[0].tolist() == [2.0, 2.0]
+        (gradient,) = torch.autograd.grad(fuse(3.0)[0].sum(), weight)
+        assert gradient.tolist() == [3.0, 3.0]
+        with torch.no_grad():
+            assert fuse(4.0)[0].tolist() == [4.0, 4.0]
+    assert asked == [2.0, 3.0, 4.0, 3.0]

@@ -191,7 +191,10 @@ def remembering(answers: Answers, test: str, function: Callable) -> Callable:
         key = test, calls
         calls += 1
         if key not in answers:
-            answers[key] = copy.deepcopy(function(*arguments, **named))
+            answer = function(*arguments, **named)
+            if torch.is_grad_enabled():  # a graph is of use to this call alone
+                return answer
+            answers[key] = copy.deepcopy(answer)
         return answers[key]
 
     return fuse
