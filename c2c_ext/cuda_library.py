@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from .shared_library import check_whole
+
 HOW_TO_BUILD = "install the CUDA toolkit (nvcc) and run `C2C_EXT_CUDA=1 pip install .` again"
 
 
@@ -26,6 +28,7 @@ def load(directory: Path) -> str | None:
     if not library.exists():
         return f"this build of c2c_ext has no CUDA kernels; to have them, {HOW_TO_BUILD}"
     try:
+        check_whole(library)
         torch.ops.load_library(library)
         driver, runtime = _versions(library)
     except (OSError, RuntimeError, AttributeError) as error:

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from . import cuda_library
 from .packed import PackedFuser, PackedGroup
+from .shared_library import check_whole_module
 
 try:
+    check_whole_module(f"{__package__}._C", "libc2c_ext.so")
     from . import _C  # registers torch.ops.c2c.*
-except ImportError as error:
+except (ImportError, OSError) as error:
     raise ImportError(
         "c2c_ext: the compiled module c2c_ext._C cannot be loaded. In a source checkout run "
         "`pip install -e .`; after `pip install .`, leave the checkout's directory. "
-        f"The loader said: {error}"
+        f"What is wrong: {error}"
     ) from error
 
 __all__ = ["_C", "check_inplace", "fuse_", "group_arguments", "kernels_missing"]
