@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None, ops: Any = torch.ops.c2c, gpu: Gpu | Non
         )
         return 2
     if options.quick:
-        options.shapes, options.tokens = ["tiny"], [1, 16]
+        options.shapes, options.tokens = options.shapes or ["tiny"], options.tokens or [1, 16]
     for option, value in DEFAULTS[options.device].items():
         if getattr(options, option) is None:
             setattr(options, option, value)

@@ -52,6 +52,9 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no results file of format version {FORMAT_VERSION}")
     if data.get("benchmark") not in DRAWING:
         raise ValueError(f"{path}: benchmark must be one of {', '.join(DRAWING)}")
+    rows = data.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} has no list of rows")
     return data
 
 
@@ -205,11 +208,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--output: there is no directory {options.output}")
     for path in options.results:
         try:
-            data = load(path)
+            drawn = list(drawings(load(path)))
         except (OSError, ValueError) as error:
             print(f"plot.py: {error}", file=sys.stderr)
             return 2
-        for name, svg in drawings(data):
+        except KeyError as error:
+            print(f"plot.py: {path}: a row or the environment lacks {error}", file=sys.stderr)
+            return 2
+        for name, svg in drawn:
             target = (options.output or path.parent) / f"{name}.svg"
             write_text(target, svg)
             print(target)

@@ -551,7 +551,8 @@ def test_every_stage_is_verified_and_timed(
     assert bench.main(["--quick", "--tokens", "1", "--output", str(target)], STAGES) == 0
     data = json.loads(target.read_text())
     seen = {(row["kernel"], row["dtype"], row["provider"]) for row in data["rows"]}
-    assert len(seen) == len(data["rows"]) / 2 == len(bench.KERNELS) * 2 * 2  # 2 numbers of tokens
+    assert len(seen) == len(data["rows"]) == len(bench.KERNELS) * 2 * 2
+    assert {(row["shape"], row["tokens"]) for row in data["rows"]} == {("tiny", 1)}
     assert plot.main([str(target)]) == 0
 
 
@@ -609,7 +610,12 @@ def test_generate_that_does_not_fuse_is_not_timed(scripts, monkeypatch: pytest.M
     assert left_out[0]["reason"].startswith("C2C: generate gives")
 
 
-@pytest.mark.parametrize("text", ["[]", '{"format_version": 1}', '{"format_version": 99}', "no"])
+FUSE = '{"format_version": 1, "benchmark": "fuse"'
+NOT_RESULTS = ["[]", '{"format_version": 1}', '{"format_version": 99}', "no"]
+NOT_RESULTS += [FUSE + end for end in ("}", ', "rows": {}}', ', "rows": [1]}', ', "rows": [{}]}')]
+
+
+@pytest.mark.parametrize("text", NOT_RESULTS)
 def test_plot_refuses_what_is_no_results_file(
     scripts, tmp_path: Path, capsys: pytest.CaptureFixture, text: str
 ) -> None:

@@ -111,6 +111,13 @@ def test_the_fastest_verified_path_of_every_measured_bucket_is_taken(tool, tmp_p
     assert tool.merged(tool.table_of(rows)) == TABLE
 
 
+def test_a_file_of_the_checkout_is_named_by_its_place_there(tool, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    (tmp_path / "build").mkdir()
+    source, _ = tool.measurements(results(tmp_path / "build", MEASURED))
+    assert source.startswith("build/fuse_cuda.json (a GPU, ")
+
+
 def test_plain_keeps_what_another_only_equals(tool) -> None:
     assert tool.table_of([row("fused", 1, 1.0), row("plain", 1, 1.0)])[0][4] == "plain"
 
@@ -122,7 +129,8 @@ def test_the_written_table_answers_as_the_results_say(tool, tmp_path, capsys) ->
     assert tool.main([*given, "--check"]) == 1 and not header.exists()
     assert tool.main(given) == 0
     assert tool.main([*given, "--check"]) == 0
-    assert "//   fuse_cuda.json (a GPU, 2026-01-02, 0123456)\n" in header.read_text()
+    first = "// Written by tools/fill_dispatch.py from\n//   fuse_cuda.json (a GPU, 2026-01-02, 0123456)"
+    assert header.read_text().startswith(first + "\n//: do not edit.\n")
     asked = [
         (90, "bfloat16", 1, "fused"),
         (90, "bfloat16", 64, "fused"),

@@ -38,7 +38,7 @@ PLAIN = PATHS[0]
 TYPES = {"float32": "kFloat32", "bfloat16": "kBfloat16", "float16": "kFloat16"}
 CELL = ("capability", "dtype", "shape", "gates", "batch", "tokens")
 HEADER = """\
-// Written by tools/fill_dispatch.py from {source}: do not edit.
+// Written by tools/fill_dispatch.py from{source}: do not edit.
 #pragma once
 
 #include "dispatch.h"
@@ -99,7 +99,14 @@ def measurements(path: Path) -> tuple[str, list[Row]]:
     for row in rows:
         _check(row, path.name)
     devices = ", ".join(sorted({row["device"] for row in rows}))
-    return f"{path.name} ({devices}, {environment['date'][:10]}, {environment['commit'][:7]})", rows
+    found = f"{devices}, {environment['date'][:10]}, {environment['commit'][:7]}"
+    return f"{_place(path)} ({found})", rows
+
+
+def _place(path: Path) -> str:
+    """Where a file lies in the checkout; the name alone of one that lies elsewhere."""
+    place = path.resolve()
+    return place.relative_to(ROOT).as_posix() if place.is_relative_to(ROOT) else path.name
 
 
 def _check(row: Row, name: str) -> None:
@@ -199,10 +206,9 @@ def header(table: Sequence[DispatchRow], sources: Sequence[str]) -> str:
     ]
     rows = "{}" if not lines else "{{\n" + "\n".join(lines) + "\n}}"
     declared = f"constexpr std::array<DispatchRow, {len(lines)}> kDispatchTable{rows};"
-    source = "benchmarks/results/"
-    if sources:
-        source += "".join(f"\n//   {name}" for name in sources) + "\n//"
-    else:
+    source = "".join(f"\n//   {name}" for name in sources) + "\n//"
+    if not sources:
+        source = " benchmarks/results/"
         declared = "// No path has been measured on a GPU.\n" + declared
     return HEADER.format(source=source, table=declared)
 
