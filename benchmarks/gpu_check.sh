@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in ten minutes: builds offline, runs the CUDA tests, compute-sanitizer
 # on small shapes, then the benchmarks. Leaves its results in DIRECTORY.
 # usage: benchmarks/gpu_check.sh [--python PYTHON] [--out DIRECTORY] [--seconds S] [--commit C] [PART...]
-#        PART: build hopper tests sanitizer fuse generate stages compiled dtypes batches
+#        PART: build hopper tests sanitizer fuse generate stages compiled dtypes batches train
 #              bench (all from fuse on); default: all of them, in this order, until S (600) are over
 # A part after build uses what an earlier run has built. PYTHON (default python3) has torch with
 # CUDA, pytest, hypothesis, pybind11, cmake and ninja; nothing is fetched. C, 40 digits and perhaps
@@ -14,10 +14,11 @@
 #   compiled  torch.compile as a baseline, at 170 and 2048 tokens        -> compiled_cuda.json
 #   dtypes    fp16 and fp32                                              -> fuse_cuda_fp16.json, .._fp32
 #   batches   8 and 32 rows, the large shape                             -> fuse_cuda_batches.json, .._large
+#   train     a training step's fuser part, 512 and 2048 tokens          -> train_cuda.json
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=python3 out=build/gpu_check budget=600 parts=()
-bench=(fuse generate stages compiled dtypes batches)
+bench=(fuse generate stages compiled dtypes batches train)
 while [ $# -gt 0 ]; do
   case $1 in
     --python) python=$2 && shift 2 ;;
@@ -30,7 +31,7 @@ while [ $# -gt 0 ]; do
       if [[ " ${bench[*]} " == *" $1 "* ]]; then
         parts+=("$1") && shift
       else
-        sed -n '2,17s/^# //p' "$0" >&2 && exit 2
+        sed -n '2,18s/^# //p' "$0" >&2 && exit 2
       fi
       ;;
   esac
@@ -38,11 +39,12 @@ done
 [ ${#parts[@]} -gt 0 ] || parts=(build hopper tests sanitizer "${bench[@]}")
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-export PYTHONPATH=$PWD python out
+left_out=77 # a part's exit status where it is not for this GPU
+export PYTHONPATH=$PWD python out left_out
 failed=0
 
 part() { # name, seconds at most, command: its output into a file, one line here
-  local name=$1 limit=$2 start=$SECONDS status=0
+  local name=$1 limit=$2 start=$SECONDS status=0 said
   local left=$((budget - SECONDS))
   shift 2
   if [ "$left" -lt 5 ]; then
@@ -51,9 +53,13 @@ part() { # name, seconds at most, command: its output into a file, one line here
     return
   fi
   timeout "$((limit < left ? limit : left))" "$@" >"$out/$name.log" 2>&1 || status=$?
-  echo "$name: $([ $status = 0 ] && echo passed || echo "FAILED ($status), see $out/$name.log")," \
-    "$((SECONDS - start)) s" | tee -a "$out/summary.txt"
-  [ $status = 0 ] || { failed=1 && tail -n 15 "$out/$name.log"; }
+  case $status in
+    0) said=passed ;;
+    "$left_out") said=$(tail -n 1 "$out/$name.log") ;;
+    *) said="FAILED ($status), see $out/$name.log" && failed=1 ;;
+  esac
+  echo "$name: $said, $((SECONDS - start)) s" | tee -a "$out/summary.txt"
+  [ "$status" = 0 ] || [ "$status" = "$left_out" ] || tail -n 15 "$out/$name.log"
 }
 
 # A whole run of bench_fuse.py; what remains are its options.
@@ -78,7 +84,7 @@ hopper() {
   capability=$("$python" -c \
     'import torch; print(*torch.cuda.get_device_capability(), sep=".")') || return
   [ "$capability" = 9.0 ] ||
-    { echo "left out: not a GPU of compute capability 9.0" && return; }
+    { echo "left out: not a GPU of compute capability 9.0" && return "$left_out"; }
   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o "$out/hopper_selfcheck" \
     benchmarks/hopper_selfcheck.cu csrc/cuda/hopper_gemm.cu && "$out/hopper_selfcheck"
 }
@@ -165,6 +171,11 @@ for name in "${parts[@]}"; do
         --tokens 1 64 --providers reference fuse op --cuda-paths plain fused hopper
       fusions fuse_cuda_large 120 --shapes large --dtypes bf16 --gates all --batches 1 \
         --tokens 1 64 170 2048 --providers reference fuse op --cuda-paths plain fused hopper
+      ;;
+    train)
+      part train_cuda 90 "$python" benchmarks/bench_train.py --device cuda --shapes real \
+        --dtypes bf16 --tokens 512 2048 --providers reference op op_recompute \
+        --seconds 0.3 --limit 15 --output "$out/train_cuda.json"
       ;;
   esac
 done

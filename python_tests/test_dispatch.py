@@ -129,8 +129,9 @@ def test_the_written_table_answers_as_the_results_say(tool, tmp_path, capsys) ->
     assert tool.main([*given, "--check"]) == 1 and not header.exists()
     assert tool.main(given) == 0
     assert tool.main([*given, "--check"]) == 0
-    first = "// Written by tools/fill_dispatch.py from\n//   fuse_cuda.json (a GPU, 2026-01-02, 0123456)"
-    assert header.read_text().startswith(first + "\n//: do not edit.\n")
+    said = ["tools/fill_dispatch.py from", "  fuse_cuda.json (a GPU, 2026-01-02, 0123456)"]
+    head = f"// Written by {said[0]}\n// {said[1]}\n//: do not edit.\n"
+    assert header.read_text().startswith(head)
     asked = [
         (90, "bfloat16", 1, "fused"),
         (90, "bfloat16", 64, "fused"),
