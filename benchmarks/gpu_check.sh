@@ -96,6 +96,7 @@ import os, sys
 sys.path.insert(0, "python_tests")
 import torch
 from conftest import make_caches, make_config, make_fuser, run_op
+from train_calls import made, through_op
 token_map = torch.tensor([[3, -1, 0, 2, 8], [1, 1, -1, 5, 4]], device="cuda")
 variants = (
     {},
@@ -120,6 +121,12 @@ for path in paths:
             fuser = make_fuser(wide, device="cuda")
             base, sharer = make_caches(wide, 1, rows, rows, dtype, "cuda")
             run_op(fuser, base, sharer, accumulate=rows == 9)
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for changes in variants:
+        step = made(dtype, 2, 5, 8, gates="bhn", **changes).to("cuda")
+        step.token_map, step.dropout, step.seed = token_map, 0.2, 1
+        through_op(torch.ops.c2c, step)
+    through_op(torch.ops.c2c, made(dtype, 1, 150, gates="").to("cuda"))  # sums in several steps
 torch.cuda.synchronize()
 PYTHON
 

@@ -121,3 +121,20 @@ def test_an_unknown_part_is_refused_with_the_usage(tmp_path) -> None:
     assert done.returncode == 2 and "usage: benchmarks/gpu_check.sh" in done.stderr
     for part in ("build", "hopper", "sanitizer", "fuse", "generate", "stages", "batches", "train"):
         assert part in done.stderr
+
+
+def test_what_the_sanitizers_watch_runs(tmp_path) -> None:
+    """On the CPU's ops; that it reaches every kernel only a GPU can tell."""
+    assert run("--python", "true", "--out", str(tmp_path), "stages").returncode == 0
+    text = (tmp_path / "small.py").read_text()
+    for on_gpu, here in (
+        ('"cuda"', '"cpu"'),
+        ("torch.cuda.get_device_capability()", "None"),
+        ("torch.cuda.synchronize()", ""),
+    ):
+        assert on_gpu in text
+        text = text.replace(on_gpu, here)
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=SCRIPT.parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
