@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -16,16 +14,12 @@ from torch import Tensor
 
 from c2c_ext.demo import evaluate as ev
 from c2c_ext.demo import world as w
-from c2c_ext.files import write_atomically
 from c2c_ext.generation import attached
-from c2c_ext.info import describe
-from c2c_ext.machine import commit_of
 
 SEED = 0
 ASSETS = Path(__file__).parent / "assets" / f"seed{SEED}"
 SHOWN_SIZE = 6  # attributes in the forms of the questions that are shown one by one
 TIMING_ROUNDS = 15
-EXPECTED = 0.97  # the part of its answers that C2C must get right, or the demo fails
 
 INTRODUCTION = """\
 Two language models of {receiver:,} and {sharer:,} parameters and a fuser of {fuser:,}.
@@ -80,16 +74,12 @@ def run_demo(
     rows = _table(pair)
     latency = _latency(pair)
     print(NOT_CLAIMED)
-    good = _verdict(rows)
+    verdict = ev.judge(rows)
+    print("\n".join(verdict.lines))
     if json_path is not None:
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        commit, dirty = commit_of(Path(__file__).parents[2])
-        environment = {"date": now, "commit": commit, "dirty": dirty, **describe()}
-        results = {"environment": environment, "held_out": rows, "latency_ms": latency}
-        text = json.dumps(results, indent=2) + "\n"
-        write_atomically({Path(json_path): lambda path: Path(path).write_text(text)})
+        ev.write_results(Path(json_path), held_out=rows, latency_ms=latency)
     print(f"{time.perf_counter() - started:.0f} s in all, {torch.get_num_threads()} threads")
-    return 0 if good else 1
+    return 0 if verdict.good else 1
 
 
 def _load() -> ev.Pair:
@@ -208,9 +198,7 @@ def _table(pair: ev.Pair) -> list[dict]:
     jobs = [(size, kind) for size in ev.FORM_SIZES for kind in w.KINDS]
     for size, kind in _progress(jobs, "all held-out questions"):
         rows.append({"kind": kind, "size": size, **ev.evaluate(pair, kind, size, SEED)})
-    count = rows[0]["questions"]
-    low, high = ev.chance_interval(count)
-    print(f"Right answers of {count}, is / rivals; K attributes in the form")
+    print(f"Right answers of {rows[0]['questions']}, is / rivals; K attributes in the form")
     lines = [["", *(f"K = {size}" for size in ev.FORM_SIZES)]]
     for mode in ev.MODES:
         cells = []
@@ -218,7 +206,6 @@ def _table(pair: ev.Pair) -> list[dict]:
             cells.append(" / ".join(str(row[mode]) for row in rows if row["size"] == size))
         lines.append([mode, *cells])
     _print_columns(lines)
-    print(f"Guessing: {count // w.NUM_VALUES}, in 95% of cases {low} to {high}.")
     print("swapped: the cache was another entity's, and the answer is that entity's fact.\n")
     return rows
 
@@ -258,25 +245,6 @@ def _latency(pair: ev.Pair) -> list[dict]:
         | {name: round(t[i], 2) for name, i in (("p20", 1), ("median", median), ("p80", 7))}
         for (mode, size), t in times.items()
     ]
-
-
-def _verdict(rows: Sequence[dict]) -> bool:
-    """Says whether content crossed and the controls are at chance; True if both hold."""
-    count = rows[0]["questions"]
-    low, high = ev.chance_interval(count)
-    worst = min(row["C2C"] for row in rows)
-    astray = [
-        f"{mode} (K = {row['size']}, {row['kind']}): {row[mode]}"
-        for row in rows
-        for mode in ev.AT_CHANCE
-        if not low <= row[mode] <= high
-    ]
-    print(f"C2C answers at least {100 * worst / count:.1f}% right everywhere.")
-    if astray:
-        print(f"Outside the interval of guessing ({low} to {high}): {'; '.join(astray)}.")
-    else:
-        print("Receiver alone, mismatched and zero caches are inside the interval of guessing.")
-    return not astray and worst >= EXPECTED * count
 
 
 def _print_columns(lines: Sequence[Sequence[str]]) -> None:

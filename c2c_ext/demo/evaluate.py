@@ -9,9 +9,12 @@ of the asked attribute's values, at the prompt's last word.
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -19,8 +22,11 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from c2c_ext.demo import world as w
+from c2c_ext.files import write_atomically
 from c2c_ext.fuser import Fuser
 from c2c_ext.fusion import fuse
+from c2c_ext.info import describe
+from c2c_ext.machine import commit_of
 
 FORM_SIZES = (3, 6, 12)
 KV = list[tuple[Tensor, Tensor]]  # key and value [B, H, N, D] of every layer
@@ -231,7 +237,8 @@ MODES = (
     *("receiver", "sharer", "routing", "T2T", "T2T at once"),
     *("C2C", "mismatched", "zero", "swapped"),
 )
-AT_CHANCE = ("receiver", "mismatched", "zero")  # what must know nothing
+AT_CHANCE = ("receiver", "mismatched", "zero")  # the controls: what must know nothing
+EXPECTED = 0.97  # the part of its answers that C2C must get right, and swapped must follow
 
 
 def evaluate(pair: Pair, kind: str, size: int, seed: int = 0) -> dict[str, int]:
@@ -273,11 +280,53 @@ def evaluate_all(pair: Pair, seed: int = 0) -> list[dict]:
     ]
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What the rows of `evaluate_all` say (`judge`)."""
+
+    good: bool  # content crossed, and no control is astray
+    interval: tuple[int, int]  # within which each cell of a control must be
+    lines: tuple[str, ...]  # the same in words, for people
+
+
+def judge(rows: Sequence[dict], level: float = 0.95) -> Verdict:
+    """Whether C2C answers right, follows the cache it is given, and all controls are at chance.
+
+    The controls are tested together: if all of them guess, all their cells are inside the interval
+    with at least `level`. By Bonferroni, each cell's interval is the exact binomial one at
+    1 - (1 - level) / cells; that holds however cells depend on each other (all ask about the same
+    facts, and both kinds meet the same mismatched caches).
+
+    A guess is right one time in eight, exactly: within the held-out entities each value of an
+    attribute is the fact of as many entities as any other, and no control's answer was chosen with
+    regard to them. That includes the mismatched caches: their entities, drawn from the train
+    entities, have the asked one's value one time in eight, and have seven others as often.
+    """
+    count = rows[0]["questions"]
+    cells = len(rows) * len(AT_CHANCE)
+    low, high = chance_interval(count, 1 - (1 - level) / cells)
+    right, follows = (min(row[mode] for row in rows) for mode in ("C2C", "swapped"))
+    astray = [
+        f"{mode} (K = {row['size']}, {row['kind']}): {row[mode]}"
+        for row in rows
+        for mode in AT_CHANCE
+        if not low <= row[mode] <= high
+    ]
+    found = f"outside are {'; '.join(astray)}" if astray else "they are"
+    lines = (
+        f"C2C answers at least {right / count:.1%} right everywhere; with another entity's cache "
+        f"it says that entity's fact, at least {follows / count:.1%} (needed: {EXPECTED:.0%}).",
+        f"Controls that only guess are right {count // w.NUM_VALUES} times of {count} on average; "
+        f"in {level:.0%} of cases all their {cells} cells are inside {low} to {high}: {found}.",
+    )
+    good = not astray and min(right, follows) >= EXPECTED * count
+    return Verdict(good, (low, high), lines)
+
+
 def table(rows: Sequence[dict]) -> str:
     """The rows of `evaluate_all` as a Markdown table, one line per mode, `is / rivals` a cell."""
     sizes = sorted({row["size"] for row in rows})
     count = rows[0]["questions"]
-    low, high = chance_interval(count)
     lines = [
         f"| right of {count} (is / rivals) | " + " | ".join(f"K = {size}" for size in sizes) + " |",
         "|---|" + "---|" * len(sizes),
@@ -287,18 +336,32 @@ def table(rows: Sequence[dict]) -> str:
             " / ".join(str(row[mode]) for row in rows if row["size"] == size) for size in sizes
         ]
         lines.append(f"| {mode} | " + " | ".join(cells) + " |")
-    lines.append(f"\nGuessing: {count // w.NUM_VALUES}, 95% of the time {low} to {high}.")
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Prints the table of a pair."""
+def write_results(path: Path, **results: object) -> None:
+    """Writes results as JSON, with the date, the commit and what they were measured on."""
+    commit, dirty = commit_of(Path(__file__).parents[2])
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    environment = {"date": now, "commit": commit, "dirty": dirty, **describe()}
+    text = json.dumps({"environment": environment, **results}, indent=2) + "\n"
+    write_atomically({path: lambda place: Path(place).write_text(text, "utf-8")})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table of a pair and what it says; returns 0 if that is good, else 1."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, help="holds receiver, sharer and fuser")
     parser.add_argument("--seed", type=int, default=0, help="of the pair's world")
+    parser.add_argument("--json", type=Path, help="also write the rows and the environment here")
     options = parser.parse_args(arguments)
-    print(table(evaluate_all(load_pair(options.directory, options.seed), options.seed)))
+    rows = evaluate_all(load_pair(options.directory, options.seed), options.seed)
+    verdict = judge(rows)
+    print(table(rows), *verdict.lines, sep="\n")
+    if options.json is not None:
+        write_results(options.json, seed=options.seed, held_out=rows)
+    return 0 if verdict.good else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
