@@ -1,7 +1,7 @@
 """Writes the demo's pair and its questions as `c2c train` takes them: models, tokenizer, data.
 
-`python -m c2c_ext.demo.export DIR` writes DIR/receiver, DIR/sharer and DIR/train.jsonl. Held-out
-entities are in none of it.
+`python -m c2c_ext.demo.export DIR` writes DIR/receiver, DIR/sharer and DIR/train.jsonl, of the
+shipped pair or of one that `c2c_ext.demo.train` made. Held-out entities are not in the questions.
 """
 
 from __future__ import annotations
@@ -68,13 +68,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="directory to write")
     parser.add_argument("--rows", type=int, default=ROWS, help=f"questions (default: {ROWS})")
-    parser.add_argument("--seed", type=int, default=SEED + 2, help="of the questions")
+    parser.add_argument("--pair", type=Path, default=ASSETS, help="default: the shipped pair")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"the pair's (default: {SEED})")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     for name in ("receiver", "sharer"):
-        shutil.copytree(ASSETS / name, options.output / name, dirs_exist_ok=True)
+        shutil.copytree(options.pair / name, options.output / name, dirs_exist_ok=True)
         tokenizer().save_pretrained(options.output / name)
-    rows = conversations(w.make_world(SEED), options.rows, options.seed)
+    # Seeds of their own: sharer and receiver were trained with `seed` and `seed + 1`.
+    rows = conversations(w.make_world(options.seed), options.rows, options.seed + 2)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     target = options.output / "train.jsonl"
     write_atomically({target: lambda path: Path(path).write_text(text, "utf-8")})

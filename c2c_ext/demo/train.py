@@ -1,7 +1,8 @@
-"""Makes the demo's pair and its fuser from scratch, in minutes on one CPU thread.
+"""Makes the demo's two models from scratch, in minutes on one CPU thread.
 
-`python -m c2c_ext.demo.train --seed 0 --output DIR` writes DIR/{receiver,sharer,fuser} and
-DIR/log.json. The same seed gives the same bits on one machine.
+`python -m c2c_ext.demo.train --seed 0 --output DIR` writes DIR/{receiver,sharer} and DIR/log.json.
+The same seed gives the same bits on one machine. Their fuser is trained by `c2c train`, on what
+`c2c_ext.demo.export` writes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,11 +22,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from c2c_ext import reference
-from c2c_ext.config import FuserConfig
 from c2c_ext.demo import evaluate as ev
 from c2c_ext.demo import world as w
-from c2c_ext.fuser import Fuser
 
 LOG_EVERY = 25
 IGNORE = -100  # cross_entropy's own
@@ -47,7 +45,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number of the demo's training; tuned on seed 0 alone."""
+    """Every number of the two models' training; tuned on seed 0 alone."""
 
     sharer_model: dict = field(
         default_factory=lambda: {
@@ -84,21 +82,9 @@ class Recipe:
     learnt: float = 0.9
     stop: float = 0.995
 
-    fuser: Training = Training(
-        steps=500, lr=3e-3, warm_up=20, last=0.05, betas=(0.9, 0.999), weight_decay=0.1
-    )
-    fuser_sizes: tuple[int, ...] = ev.FORM_SIZES
-    questions_per_form: int = 3
-    # Every receiver layer reads the sharer's last layer: the earlier ones have not yet looked up
-    # the fact, and a fuser that reads them memorises the train entities.
-    layer_map: tuple[int, ...] = (3, 3, 3)
-    fuser_hidden: int = 64
-    gate_init: float = 4.0
-    temperatures: tuple[float, float] = (1.0, 1e-3)
-
 
 class Log:
-    """What happened, with the time since the start; `save` writes it as JSON."""
+    """What happened; `save` writes it as JSON."""
 
     def __init__(self, seed: int, recipe: Recipe) -> None:
         self.start = time.perf_counter()
@@ -289,111 +275,8 @@ def train_receiver(world: w.World, recipe: Recipe, seed: int, log: Log) -> Llama
     return model
 
 
-def _fuse_form(
-    receiver_kv: ev.KV,
-    sharer_kv: ev.KV,
-    fuser: Fuser,
-    size: int,
-    gates: Sequence[tuple[Tensor, Tensor]],
-) -> ev.KV:
-    """The receiver's KV with its attribute positions fused under soft gates; differentiable."""
-    form = ev.form_positions(size)
-    fused = reference.fuse(
-        [(key[:, :, form], value[:, :, form]) for key, value in receiver_kv],
-        [(key[:, :, form], value[:, :, form]) for key, value in sharer_kv],
-        fuser,
-        gates=gates,
-    )
-    return [
-        tuple(
-            torch.cat([own[:, :, : form.start], new, own[:, :, form.stop :]], dim=2)
-            for own, new in zip(clean, layer, strict=True)
-        )
-        for clean, layer in zip(receiver_kv, fused, strict=True)
-    ]
-
-
-def train_fuser(
-    receiver: LlamaForCausalLM,
-    sharer: LlamaForCausalLM,
-    world: w.World,
-    recipe: Recipe,
-    seed: int,
-    log: Log,
-) -> Fuser:
-    """Learns, from the train entities alone, to hand on what the sharer's cache holds."""
-    for model in (receiver, sharer):
-        model.eval().requires_grad_(False)
-    torch.manual_seed(seed + 2)
-    generator = torch.Generator().manual_seed(seed + 2)
-    config = FuserConfig.for_models(
-        receiver.config,
-        sharer.config,
-        layer_map=recipe.layer_map,
-        hidden_size=recipe.fuser_hidden,
-        gate_init=recipe.gate_init,
-        dropout=0.0,
-    )
-    fuser = Fuser(config)
-    with torch.no_grad():
-        for group in fuser.groups:
-            group.out_weight.zero_()  # with the bias: the fused cache starts as the receiver's own
-            group.out_bias.zero_()
-    first, last = recipe.temperatures
-    batch, per_form = recipe.fuser.batch, recipe.questions_per_form
-
-    def gates(step: int) -> list[tuple[Tensor, Tensor]]:
-        temperature = first * (last / first) ** (step / max(recipe.fuser.steps - 1, 1))
-        noise = torch.rand(len(recipe.layer_map), 2, generator=generator).clamp(1e-6, 1 - 1e-6)
-        return [
-            tuple(
-                reference.soft_gate(
-                    fuser.stream(layer, part).gate_logit, noise[layer, i], temperature
-                )
-                for i, part in enumerate(("key", "value"))
-            )
-            for layer in range(len(recipe.layer_map))
-        ]
-
-    def loss_at(step: int) -> Tensor:
-        size = pick(recipe.fuser_sizes, generator)
-        entities = torch.randperm(len(world.train), generator=generator)[:batch]
-        forms = torch.rand(batch, w.NUM_ATTRIBUTES, generator=generator).argsort(dim=1)[:, :size]
-        slots = torch.rand(batch, size, generator=generator).argsort(dim=1)[:, :per_form]
-        asked = forms.gather(1, slots).flatten()
-        kinds = torch.randint(len(w.KINDS), asked.shape, generator=generator)
-        facts = world.facts[entities.repeat_interleave(per_form), asked]
-        answers = world.answers(kinds, asked, facts)
-
-        form = world.blank_form(entities, forms)
-        rows = form.repeat_interleave(per_form, dim=0)
-        prompts = torch.cat([rows, w.question(kinds, asked)], dim=1)
-        with torch.no_grad():
-            sharer_kv = ev.prefill(sharer, form)
-            clean = ev.prefill(receiver, prompts[:, :-1])
-        # Causality: the form's clean KV is the same under each of its questions, so it is fused
-        # once, and the questions' own clean KV follows it.
-        once = [(key[::per_form], value[::per_form]) for key, value in clean]
-        fused = _fuse_form(once, sharer_kv, fuser, size, gates(step))
-        end = form.shape[1]
-        kv = [
-            tuple(
-                torch.cat([new[:, :, :end].repeat_interleave(per_form, 0), own[:, :, end:]], dim=2)
-                for new, own in zip(*layers, strict=True)
-            )
-            for layers in zip(fused, clean, strict=True)
-        ]
-        logits = ev.continue_from(receiver, kv, prompts[:, -1:])
-        return F.cross_entropy(logits, w.value_ids(asked, answers))
-
-    for step, loss in optimise(fuser, recipe.fuser, loss_at):
-        if step % LOG_EVERY == 0 or step == recipe.fuser.steps - 1:
-            log.point("fuser", step, loss=loss)
-    return fuser
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Trains sharer, receiver and fuser, saves them, and evaluates what was saved."""
+    """Trains sharer and receiver, and saves them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the world and of the training")
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
@@ -404,24 +287,12 @@ def main(arguments: list[str] | None = None) -> None:
     world, log = w.make_world(seed), Log(seed, recipe)
     output.mkdir(parents=True, exist_ok=True)
 
-    def stage(name: str, make: Callable[..., nn.Module], *given) -> nn.Module:
+    for name, make in (("sharer", train_sharer), ("receiver", train_receiver)):
         start = time.perf_counter()
-        model = make(*given, world, recipe, seed, log)
-        parameters = sum(p.numel() for p in model.parameters())
-        log.done(name, time.perf_counter() - start, parameters)
+        model = make(world, recipe, seed, log)
+        log.done(name, time.perf_counter() - start, sum(p.numel() for p in model.parameters()))
         model.half().save_pretrained(output / name)
-        return model.float()  # what follows meets the model as it is stored
-
-    sharer = stage("sharer", train_sharer)
-    receiver = stage("receiver", train_receiver)
-    stage("fuser", train_fuser, receiver, sharer)
-
-    rows = ev.evaluate_all(ev.load_pair(output, seed))
-    log.data["seconds"] = round(time.perf_counter() - log.start, 1)
-    log.data["held_out"] = rows
-    log.data["chance_95"] = ev.chance_interval(rows[0]["questions"])
     log.save(output / "log.json")
-    print(ev.table(rows))
 
 
 if __name__ == "__main__":
