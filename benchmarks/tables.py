@@ -292,6 +292,48 @@ def training(name: str) -> str:
     return markdown([*header, "peak, MB"], lines) + "\n" + where(name)
 
 
+ASKED = {
+    "receiver": "receiver alone",
+    "sharer": "sharer alone, shown everything",
+    "routing": "routing by confidence",
+    "T2T": "text-to-text: sharer writes the form, receiver reads it",
+    "T2T at once": "the same, all values read off one prefill",
+    "C2C": "**C2C**",
+    "mismatched": "control: cache of another question",
+    "zero": "control: cache of zeros",
+    "swapped": "control: cache of another entity; answers *that* entity's fact",
+}
+
+
+def held_out(shipped: str, second: str) -> str:
+    """The demo's right answers, `is / rivals` a cell: the shipped pair, and a second seed's."""
+    sizes = sorted({row["size"] for row in results(shipped)["held_out"]})
+    columns = [(shipped, size) for size in sizes] + [(second, sizes[-1])]
+    lines = []
+    for mode, label in ASKED.items():
+        line = [label]
+        for name, size in columns:
+            right = {r["kind"]: r for r in results(name)["held_out"] if r["size"] == size}
+            cell = f"{right['is'][mode]} / {right['rivals'][mode]}"
+            line.append(f"**{cell}**" if mode == "C2C" and name == shipped else cell)
+        lines.append(line)
+    count = results(shipped)["held_out"][0]["questions"]
+    header = [f"right of {count} (is / rivals)", *(f"K = {size}" for size in sizes)]
+    header.append(f"second seed, K = {sizes[-1]}")
+    return markdown(header, lines) + "\n" + where(shipped, second)
+
+
+def latency(name: str) -> str:
+    """The demo's median milliseconds from form to answer."""
+    at = {(row["mode"], row["size"]): row["median"] for row in results(name)["latency_ms"]}
+    modes, sizes = (list(dict.fromkeys(column)) for column in zip(*at, strict=True))
+    lines = [[mode, *(f"{at[mode, size]:.1f}" for size in sizes)] for mode in modes]
+    ratios = [at["T2T", size] / at["C2C", size] for size in sizes]
+    lines.append(["T2T : C2C", *(f"{ratio:.1f} x" for ratio in ratios)])
+    header = ["ms, batch 1 (median)", *(f"K = {size}" for size in sizes)]
+    return markdown(header, lines) + "\n" + where(name)
+
+
 def where(*names: str) -> str:
     """When and on what files were measured."""
     sentences = []
@@ -313,6 +355,8 @@ def where(*names: str) -> str:
 FUSE = ("fuse_float32.json", "fuse_bfloat16.json")
 ON_A_GPU = ("fuse_cuda_bf16.json", "compiled_cuda.json")  # of benchmarks/gpu_check.sh
 TABLES: dict[str, Callable[[], str]] = {
+    "held out": partial(held_out, "demo.json", "demo_seed1.json"),
+    "demo latency": partial(latency, "demo.json"),
     "fusions real": partial(fusions, FUSE, "real", 1),
     "fusions real batch 8": partial(fusions, FUSE, "real", 8),
     "fusions real batch 32": partial(fusions, FUSE, "real", 32),
