@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from .generation_arguments import (
     Settings,
     check_continuation,
     check_decoding,
+    check_movable,
     check_prompt_tensors,
     prompt_shape,
     take_chunk_size,
@@ -30,9 +31,11 @@ from .generation_arguments import (
 )
 from .model_kv import ModelKV
 from .overlap import usable
+from .padding import shift_of
 from .positions import Positions, fused_columns
 from .prompt_fusion import Prompt, fuse_prompt, holds_fused_prompt, read_on
 from .selection import spans_of
+from .sharer_inputs import checked_inputs
 from .sharers import Sharing
 
 _ATTACHMENT = "_c2c_attachment"
@@ -103,12 +106,18 @@ class _FusedGeneration:
         positions: Sequence[int] | slice | Tensor | Positions | None = None,
         sharers: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
         sections: Sequence[tuple[int, Any]] | None = None,
+        sharer_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' `generate`, answering from the fused cache of the prompt.
 
-        All models read the same token ids. The last prompt token and padding are never fused; a
-        prompt of one token generates as the receiver alone does.
+        All models read the same token ids, unless ``sharer_inputs`` says what a sharer reads. The
+        last prompt token and padding are never fused; a prompt of one token generates as the
+        receiver alone does.
+
+        Rows may be padded on either side, as ``attention_mask`` says. Rows that are padded on the
+        right are moved to the right first, with everything that speaks of their columns, so the
+        sequences that come back are padded on the left.
 
         A later turn is given as in transformers: ``input_ids`` of the whole conversation and the
         ``past_key_values`` that an earlier call on an attached receiver returned. The fused tokens
@@ -134,17 +143,26 @@ class _FusedGeneration:
                 computes for a later span has read the earlier ones as fused, while every sharer's
                 own cache stays as it is. ``sharers`` of a section as above. What the sections leave
                 over is not fused; ``positions`` and padding restrict them further.
+            sharer_inputs: what a sharer reads in place of the receiver's tokens, for several
+                sharers a list with None for those that read these. ``input_ids`` int64 ``[B, S]``,
+                ``attention_mask`` and ``position_ids`` ``[B, S]`` (optional), and one of
+                ``token_map``, int64 ``[P]`` or ``[B, P]``: for every prompt column the sharer's
+                column that it is fused with, or -1, the last one's entry being unused; and
+                ``span``, (receiver's start, sharer's start, length): columns one to one. The sharer
+                reads all of its tokens; only those that are named reach the receiver.
             *args, **kwargs: as transformers' `generate`; ``attention_mask`` is ``[B, P]``.
                 ``prefill_chunk_size`` bounds what one forward of either model reads of the prompt.
 
         Raises:
-            ValueError: an empty prompt; a mask, position ids or ``positions`` that do not fit it;
-                token ids that the sharer's vocabulary lacks; a cache whose tokens no attached
-                receiver put there, or more of them than ``input_ids``; not supported:
-                ``inputs_embeds`` and any other prompt tensor but a mask and position ids,
-                ``use_cache=False``, a ``prefill_chunk_size`` below 1, contrastive search, DoLa,
-                group and constrained beams, drafting from the prompt's hidden states.
-            TypeError: no tensors; ``positions`` neither integers nor bools; a
+            ValueError: an empty prompt or row; a mask, position ids, ``positions``, ``sharers``,
+                ``sections`` or ``sharer_inputs`` that do not fit it; more positions than a model
+                has (unless its rotary scaling is declared); token ids that a sharer's vocabulary
+                lacks; a cache whose tokens no attached receiver put there, or more of them than
+                ``input_ids``; not supported: ``inputs_embeds`` and any other prompt tensor but a
+                mask and position ids, ``use_cache=False``, a ``prefill_chunk_size`` below 1,
+                contrastive search, DoLa, group and constrained beams, drafting from the prompt's
+                hidden states.
+            TypeError: no tensors; an argument of another kind than documented; a
                 ``prefill_chunk_size`` that is no integer.
             RuntimeError: a model kept no cache (gradient checkpointing in training mode), or this
                 way of decoding never prepared its inputs.
@@ -170,18 +188,34 @@ class _FusedGeneration:
             position_ids = kwargs.get("position_ids")
             if ids is not None:
                 check_prompt_tensors(kwargs.get("attention_mask"), position_ids, batch, length)
+            shift = shift_of(kwargs.get("attention_mask"))
+            if shift is not None:
+                check_movable(kwargs.get("past_key_values"), sections)
+                if inputs is not None:
+                    inputs = shift.move(inputs)
+                moved = ("input_ids", "attention_mask", "position_ids")
+                given = {
+                    n: shift.move(t) for n, t in kwargs.items() if n in moved and t is not None
+                }
+                kwargs = {**kwargs, **given}
+                position_ids = kwargs.get("position_ids")
             cache = kwargs.get("past_key_values")
             call.held, columns = tokens_held(cache), None
             if call.held:
                 named = {"positions": positions, "sharers": sharers, "sections": sections}
+                named["sharer_inputs"] = sharer_inputs
                 check_continuation(holds_fused_prompt(cache), named, call.held, length)
             else:
                 columns = fused_columns(positions, batch, length)
             spans = spans_of(sharers, sections, batch, length, len(attachment.sharing))
+            texts = checked_inputs(sharer_inputs, attachment.sharing, batch, length)
+            if shift is not None:
+                columns = shift.move_columns(columns)
+                texts = tuple(None if text is None else text.moved(shift) for text in texts)
             chunk = None
             if not call.held:
                 chunk, args, kwargs = take_chunk_size(self.generation_config, args, kwargs)
-            call.prompt = Prompt(batch, length, columns, position_ids, spans, chunk)
+            call.prompt = Prompt(batch, length, columns, position_ids, spans, texts, chunk)
         with attachment.armed(call):
             output = super().generate(inputs, *args, **kwargs)
         if not (call.prompt is None or call.begun or call.answered_inside):

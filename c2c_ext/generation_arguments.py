@@ -156,6 +156,25 @@ def check_continuation(fused: bool, named: dict[str, Any], held: int, length: in
         )
 
 
+def check_movable(cache: Any, sections: Any) -> None:
+    """What cannot go with rows that are padded on the right, and so are moved.
+
+    Raises:
+        ValueError: a later turn, whose earlier tokens stand where they are; or ``sections``, whose
+            columns would be others in every row.
+    """
+    if tokens_held(cache):
+        raise ValueError(
+            "c2c_ext: attention_mask must not mask a row's last columns in a later turn: pad the "
+            "new tokens on their left"
+        )
+    if sections is not None:
+        raise ValueError(
+            "c2c_ext: sections must not be given with rows that are padded on the right, which are "
+            "moved by different numbers of columns: pad on the left"
+        )
+
+
 def prompt_shape(ids: Any) -> tuple[int, int]:
     """(batch, tokens) of the ``input_ids [B, P]`` of generate; None stands for one BOS token.
 

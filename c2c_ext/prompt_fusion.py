@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
+from .padding import check_last_tokens
+from .position_limit import check_limit
 from .positions import Positions, resolved
 from .prefill import read_tokens
 from .selection import Span
-from .sharers import SharerReading, Sharing, fuse_columns, read_beside
+from .sharer_inputs import SharerInputs
+from .sharers import SharerReading, Sharing, fuse_columns, read_beside, vocabulary_of
 
 # Newer versions of transformers trim the inputs to this many tokens; older ones by cache_position.
 _TRIMS_BY_LENGTH = (
@@ -46,6 +49,7 @@ class Prompt:
     columns: Tensor | Positions | None  # bool [1 or batch, length - 1]: which to fuse; None: all
     position_ids: Tensor | None  # the caller's own, [1 or batch, length]
     spans: tuple[Span, ...]  # one after the other from column 0; what they leave over is not fused
+    texts: tuple[SharerInputs | None, ...]  # what sharers read; None: the receiver's tokens
     chunk: int | None = None  # tokens that a forward of a prefill reads at most; None: all
 
 
@@ -114,6 +118,7 @@ def fuse_prompt(
         repeats = rows // prompt.batch  # beams, return sequences: equal rows stand together
         mask = kwargs.get("attention_mask")
         mask = None if mask is None else mask[::repeats, : length + 1]
+        check_last_tokens(mask)
         columns = resolved(prompt.columns, mask, prompt.length)
         mask = None if mask is None else mask[:, :length]
         ids = input_ids[::repeats, :length]
@@ -191,17 +196,20 @@ def _fused_cache(
     n = ids.shape[1]
     if prompt.position_ids is not None:
         position_ids = prompt.position_ids[..., :n]
-    elif mask is not None:
-        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
     else:
-        position_ids = torch.arange(n, device=ids.device).expand(ids.shape)
+        position_ids = _positions(ids, mask)
+    counted = prompt.position_ids is None
+    check_limit("receiver", receiver, position_ids, counted=counted, more=1)  # the last token's
     place = receiver.device
     ids, mask, position_ids, columns = (
         None if t is None else t.to(place) for t in (ids, mask, position_ids, columns)
     )
     chosen = sorted({k for span in prompt.spans for k in span.sharers()})
     # Made now: each prefill may run on a stream or in a thread of its own.
-    readings = {k: _reading(receiver, sharing, k, ids, mask, position_ids) for k in chosen}
+    readings = {
+        k: _reading(receiver, sharing, k, prompt.texts[k], ids, mask, position_ids, counted)
+        for k in chosen
+    }
     allowed = columns
     if mask is not None:
         allowed = mask != 0 if columns is None else (mask != 0) & columns
@@ -254,15 +262,33 @@ def _reading(
     receiver: PreTrainedModel,
     sharing: Sharing,
     place: int,
+    text: SharerInputs | None,
     ids: Tensor,
     mask: Tensor | None,
     position_ids: Tensor,
+    counted: bool,
 ) -> SharerReading:
-    """A sharer that is to read the receiver's own tokens."""
+    """A sharer that is to read its own text or, without one, the receiver's tokens."""
     model, role = sharing.sharers[place], sharing.role(place)
-    own = _ids_for_sharer(role, receiver, model, ids, mask)
+    token_map = None
+    if text is None:
+        own = _ids_for_sharer(role, receiver, model, ids, mask)
+    else:
+        own, mask, position_ids = text.ids, text.mask, text.position_ids
+        counted = position_ids is None
+        if position_ids is None:
+            position_ids = _positions(own, mask)
+        token_map = text.token_map[:, : ids.shape[1]].to(receiver.device)
+    check_limit(role, model, position_ids, counted=counted)
     given = (None if t is None else t.to(model.device) for t in (own, mask, position_ids))
-    return SharerReading(place, role, model, sharing.fusers[place], *given)
+    return SharerReading(place, role, model, sharing.fusers[place], *given, token_map)
+
+
+def _positions(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """``[B, N]``: a row's first real token is at 0."""
+    if mask is None:
+        return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    return ((mask != 0).long().cumsum(-1) - 1).clamp(min=0)
 
 
 def _ids_for_sharer(
@@ -275,8 +301,8 @@ def _ids_for_sharer(
     """``ids`` with padding replaced by token 0, all inside the sharer's vocabulary."""
     if mask is not None:  # the receiver's padding token need not exist in the sharer
         ids = ids.masked_fill(mask == 0, 0)
-    vocabulary = sharer.config.get_text_config(decoder=True).vocab_size
-    if vocabulary >= receiver.config.get_text_config(decoder=True).vocab_size:
+    vocabulary = vocabulary_of(sharer)
+    if vocabulary >= vocabulary_of(receiver):
         return ids  # without asking the device
     largest = int(ids.max())
     if largest >= vocabulary:

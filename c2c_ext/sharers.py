@@ -37,6 +37,11 @@ class Sharing:
         return "sharer" if len(self) == 1 else f"sharer[{place}]"
 
 
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """How many token ids a model knows."""
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
 @dataclass
 class SharerReading:
     """One sharer in a call: its text and its own cache of what it has read of it.
