@@ -167,6 +167,7 @@ def fuse_training(
     dropout: float = 0.0,
     seed: int = 0,
     offset: int = 0,
+    row_seeds: Tensor | None = None,
     recompute: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
     """Fuses all streams by the training op: `c2c_ext.reference.fuse` with a backward of its own.
@@ -189,6 +190,8 @@ def fuse_training(
             gradient reaches it. A gate of 0 keeps the token's bits.
         dropout: probability, on the output of every feed-forward block before it is added.
         seed, offset: what dropout draws is a function of these and of an element's place alone.
+        row_seeds: int64 ``[B]``, one for each row in place of ``seed``. What a row draws then does
+            not depend on the other rows, nor on how many tokens stand before its own.
         recompute: save nothing but the inputs and compute the forward again in the backward, to
             the same bits. Otherwise `saved_bytes` per token are saved.
 
@@ -219,8 +222,10 @@ def fuse_training(
         dtype = torch.get_autocast_dtype(device.type)
     if token_map is not None:
         token_map = token_map.to(device)
+    if row_seeds is not None:
+        row_seeds = row_seeds.to(device)
     fused = [list(pair) for pair in base_pairs]
-    for group in fuser.groups:
+    for number, group in enumerate(fuser.groups):
         places = [group.place(g) for g in range(len(group.layers) * len(group.kinds))]
         base = [base_pairs[i][KINDS.index(kind)].to(dtype) for i, kind in places]
         sharer = [
@@ -242,7 +247,8 @@ def fuse_training(
             config.reads == "both",
             dropout,
             seed,
-            offset,
+            offset + number,  # so that no two groups draw the same
+            row_seeds,
             recompute or not grad,
         )
         for (layer, kind), out in zip(places, outs, strict=True):

@@ -40,7 +40,8 @@ constexpr const char* kFuseSchema =
   "Tensor shared_w2, Tensor proj_norm, Tensor proj_w1, Tensor proj_w2, Tensor out_weight, " \
   "Tensor out_bias, Tensor? weight_norm, Tensor? weight_w1, Tensor? weight_w2, "            \
   "Tensor? head_weight, Tensor? head_bias, str activation, str integration, "               \
-  "bool reads_receiver, float dropout, SymInt seed, SymInt offset, bool recompute"
+  "bool reads_receiver, float dropout, SymInt seed, SymInt offset, Tensor? row_seeds, "     \
+  "bool recompute"
 constexpr const char* kFuseTrainSchema =
     "fuse(" C2C_TRAIN_INPUTS ") -> (Tensor[] out, Tensor[] saved)";
 // needed: of base, sharer, gate and every parameter in order; what it wants is returned in that

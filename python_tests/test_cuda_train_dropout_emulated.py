@@ -11,33 +11,11 @@ import torch
 import train_calls
 from conftest import flat, same_bits
 from test_cuda_train_emulated import order, own_environment, run
-from train_calls import Step, assert_step, made
+from train_calls import Step, assert_step, made, philox
 
 from c2c_ext import reference
 
 __all__ = ["order", "own_environment"]
-
-
-def philox(seed: int, offset: int, groups: np.ndarray) -> np.ndarray:
-    """Philox4x32-10 (Salmon et al. 2011) of counters [group, offset]: ``[..., 4]`` words."""
-    mask = np.uint64(0xFFFFFFFF)
-    shift = np.uint64(32)
-    counter = [groups & mask, groups >> shift]
-    counter += [np.full_like(groups, offset & 0xFFFFFFFF), np.full_like(groups, offset >> 32)]
-    keys = [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(10):
-        a, b = (
-            np.uint64(factor) * word
-            for factor, word in ((0xD2511F53, counter[0]), (0xCD9E8D57, counter[2]))
-        )
-        counter = [
-            (b >> shift) ^ counter[1] ^ np.uint64(keys[0]),
-            b & mask,
-            (a >> shift) ^ counter[3] ^ np.uint64(keys[1]),
-            a & mask,
-        ]
-        keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return np.stack(counter, -1)
 
 
 def test_philox_is_the_published_one():
@@ -56,6 +34,13 @@ def kept(step: Step, streams: int, block: int) -> torch.Tensor:
     batch, _, tokens, _ = step.base[0][0].shape
     hidden, rows = step.fuser.config.hidden_size, batch * tokens
     per_row = -(-hidden // 4)
+    if step.row_seeds is not None:  # tokens are counted from the last
+        stream = np.arange(block * streams, (block + 1) * streams, dtype=np.uint64)
+        place = (stream[:, None] << np.uint64(31)) + np.arange(tokens, dtype=np.uint64)[::-1]
+        groups = place[..., None] * np.uint64(per_row) + np.arange(per_row, dtype=np.uint64)
+        drawn = [philox(seed % 2**64, step.offset, groups) for seed in step.row_seeds.tolist()]
+        words = np.stack(drawn, 1).reshape(streams, rows, 4 * per_row)
+        return torch.from_numpy(words[:, :, :hidden] >= int(step.dropout * 2**32))
     groups = np.arange(streams * rows * per_row, dtype=np.uint64)
     groups += np.uint64(block * streams * rows * per_row)
     words = philox(step.seed, step.offset, groups).reshape(streams, rows, 4 * per_row)
@@ -88,9 +73,13 @@ def counted_dropout(monkeypatch):
 @pytest.mark.parametrize("hidden", [16, 23])
 @pytest.mark.parametrize("changes", [{}, {"depth": 4}, {"weighting": False}], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_dropout_is_philox_by_seed_and_place(hidden, changes, recompute, counted_dropout, order):
+@pytest.mark.parametrize("row_seeds", [None, [-3, 2**62 + 1]])
+def test_dropout_is_philox_by_seed_and_place(
+    hidden, changes, recompute, row_seeds, counted_dropout, order
+):
     step = made(gates="h", hidden_size=hidden, **changes)
     step.dropout, step.seed, step.offset = 0.3, 2**63 - 5, 2**40 + 3
+    step.row_seeds = None if row_seeds is None else torch.tensor(row_seeds)
     ours = run(step, recompute=recompute)
     counted_dropout(step)
     assert_step(step, ours)

@@ -9,12 +9,17 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import (
+    SHAPES,
     cast,
     flat,
+    make_caches,
+    make_config,
+    make_fuser,
     max_abs,
     relative_error,
     same_bits,
 )
+from train_calls import philox
 from train_op_checks import (
     TOKEN_MAP,
     cotangents,
@@ -27,7 +32,7 @@ from train_op_checks import (
 
 import c2c_ext
 from c2c_ext import reference
-from c2c_ext.training_op import fuse_training, saved_bytes
+from c2c_ext.training_op import ARGUMENTS, fuse_training, saved_bytes
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -38,7 +43,15 @@ def test_opcheck(changes, recompute):
         t.requires_grad_()
     gate = torch.rand(4, 1, 2, 5).requires_grad_()
     arguments = op_arguments(
-        fuser, base, sharer, gate, TOKEN_MAP, dropout=0.1, seed=3, recompute=recompute
+        fuser,
+        base,
+        sharer,
+        gate,
+        TOKEN_MAP,
+        dropout=0.1,
+        seed=3,
+        row_seeds=torch.tensor([5, 6]),
+        recompute=recompute,
     )
     torch.library.opcheck(torch.ops.c2c.fuse.default, arguments)
     with torch.no_grad():
@@ -207,29 +220,6 @@ def test_same_bits_whatever_the_threads_and_with_recompute(dtype, threads):
         assert all(same_bits(other[name], t) for name, t in runs[0].items())
 
 
-def philox(seed: int, offset: int, groups: np.ndarray) -> np.ndarray:
-    """Philox4x32-10 words ``[groups, 4]``: key = seed, counter = [group, offset]."""
-    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    groups = groups.astype(np.uint64)
-    c = [groups & low, groups >> shift]
-    c += [np.full_like(groups, offset) & low, np.full_like(groups, offset) >> shift]
-    key = [np.uint64(seed) & low, np.uint64(seed) >> shift]
-    for _ in range(10):
-        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [(b >> shift) ^ c[1] ^ key[0], b & low, (a >> shift) ^ c[3] ^ key[1], a & low]
-        key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
-    return np.stack(c, axis=-1).astype(np.uint32)
-
-
-def test_philox_known_answers():
-    # Random123's kat_vectors: counter and key zero, and all ones.
-    words = philox(0, 0, np.array([0]))[0]
-    assert [hex(w) for w in words] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
-    ones = (1 << 64) - 1
-    words = philox(ones, ones, np.array([ones], dtype=np.uint64))[0]
-    assert [hex(w) for w in words] == ["0x408f276d", "0x41c83b0e", "0xa20bc7c6", "0x6d5451fd"]
-
-
 @pytest.mark.parametrize(("seed", "offset"), [(3, 0), (-7, 1 << 40)])
 @pytest.mark.parametrize("hidden", [16, 13])
 def test_dropout_equals_reference_with_the_same_mask(hidden, seed, offset, monkeypatch):
@@ -237,7 +227,8 @@ def test_dropout_equals_reference_with_the_same_mask(hidden, seed, offset, monke
     p, streams, rows, blocks = 0.4, 4, 10, 4
     groups = -(-hidden // 4)
     count = blocks * streams * rows * groups
-    words = philox(seed % (1 << 64), offset, np.arange(count)).reshape(blocks, streams, rows, -1)
+    words = philox(seed % (1 << 64), offset, np.arange(count, dtype=np.uint64))
+    words = words.reshape(blocks, streams, rows, -1)
     kept = torch.from_numpy((words[..., :hidden] >= int(p * 2**32)).astype(np.float64))
     assert abs(kept.mean().item() - (1 - p)) < 0.05
     # The reference goes stream by stream: shared block, projection's blocks, weighting's.
@@ -273,3 +264,47 @@ def test_seed_and_offset_choose_the_mask():
     mean = torch.stack([run(seed, 0)["out[0]"] for seed in range(400)]).mean(0)
     change = (plain["out[0]"] - base[0][0]).abs().mean()
     assert (mean - plain["out[0]"]).abs().mean() < 0.2 * change
+
+
+def test_row_seeds_make_a_rows_mask_its_own():
+    """Neither the other rows nor tokens in front of a row's own change what it drops."""
+    config = make_config(**SHAPES["groups"])  # groups of streams draw apart, too
+    fuser = make_fuser(config).double()
+    base, sharer = make_caches(config, 3, 5, 5, torch.float64)
+    keywords = {"dropout": 0.4, "offset": 1}
+
+    def part(pairs, row, first):
+        return [tuple(t[row : row + 1, :, first:] for t in pair) for pair in pairs]
+
+    seeds = torch.tensor([7, -(2**62), 7])
+    whole = fuse_training(base, sharer, fuser, row_seeds=seeds, **keywords)
+    for row in range(3):
+        for first in (0, 2):
+            own = fuse_training(
+                part(base, row, first),
+                part(sharer, row, first),
+                fuser,
+                row_seeds=seeds[row : row + 1],
+                seed=99,  # not used then
+                **keywords,
+            )
+            for ours, expected in zip(flat(own), flat(part(whole, row, first)), strict=True):
+                assert relative_error(ours, expected) <= 1e-12
+    other = fuse_training(base, sharer, fuser, row_seeds=torch.tensor([8, 1, 7]), **keywords)
+    pairs = list(zip(flat(whole), flat(other), strict=True))
+    changed = [[not same_bits(a[i], b[i]) for i in range(3)] for a, b in pairs]
+    assert all(row == [True, True, False] for row in changed)
+
+
+def test_shape_groups_draw_apart(monkeypatch):
+    fuser = make_fuser(make_config(**SHAPES["groups"]))
+    base, sharer = make_caches(fuser.config, 1, 5, 5)
+    op, offsets = torch.ops.c2c.fuse, []
+
+    def fuse(*arguments):
+        offsets.append(arguments[ARGUMENTS.index("offset")])
+        return op(*arguments)
+
+    monkeypatch.setattr(torch.ops.c2c, "fuse", fuse)
+    fuse_training(base, sharer, fuser, dropout=0.5, offset=8)
+    assert len(fuser.groups) > 1 and offsets == [8 + i for i in range(len(fuser.groups))]

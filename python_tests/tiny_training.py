@@ -30,7 +30,7 @@ RECIPE = replace(
     device="cpu",
     log_steps=1,
 )
-DDP_RECIPE = replace(RECIPE, max_steps=3, gate_per="token")
+DDP_RECIPE = replace(RECIPE, max_steps=3, gate_per="token", dropout=0.2)
 SAMPLES = 15
 
 

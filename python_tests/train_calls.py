@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from conftest import (
     KVPairs,
@@ -48,6 +49,7 @@ class Step:
     dropout: float = 0.0
     seed: int = 0
     offset: int = 0
+    row_seeds: Tensor | None = None
 
     def to(self, device: torch.device) -> Step:
         """The same on another device."""
@@ -63,6 +65,7 @@ class Step:
             cotangents=moved(self.cotangents),
             token_map=None if self.token_map is None else self.token_map.to(device),
             gates=None if self.gates is None else [g.to(device) for g in self.gates],
+            row_seeds=None if self.row_seeds is None else self.row_seeds.to(device),
         )
 
     def in_float64(self) -> Step:
@@ -72,6 +75,28 @@ class Step:
         gates = None if self.gates is None else [g.double() for g in self.gates]
         fuser = copy.deepcopy(self.fuser).double()
         return replace(self, fuser=fuser, base=base, sharer=sharer, cotangents=above, gates=gates)
+
+
+def philox(seed: int, offset: int, groups: np.ndarray) -> np.ndarray:
+    """Philox4x32-10 (Salmon et al. 2011) of counters [group, offset]: ``[..., 4]`` words."""
+    mask = np.uint64(0xFFFFFFFF)
+    shift = np.uint64(32)
+    counter = [groups & mask, groups >> shift]
+    counter += [np.full_like(groups, offset & 0xFFFFFFFF), np.full_like(groups, offset >> 32)]
+    keys = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        a, b = (
+            np.uint64(factor) * word
+            for factor, word in ((0xD2511F53, counter[0]), (0xCD9E8D57, counter[2]))
+        )
+        counter = [
+            (b >> shift) ^ counter[1] ^ np.uint64(keys[0]),
+            b & mask,
+            (a >> shift) ^ counter[3] ^ np.uint64(keys[1]),
+            a & mask,
+        ]
+        keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return np.stack(counter, -1)
 
 
 def cotangents(base: KVPairs, seed: int = 5) -> KVPairs:
@@ -131,6 +156,7 @@ def arguments(step: Step, index: int, recompute: bool = False) -> dict[str, obje
         "dropout": step.dropout,
         "seed": step.seed,
         "offset": step.offset,
+        "row_seeds": step.row_seeds,
         "recompute": recompute,
     }
 

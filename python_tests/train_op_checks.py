@@ -164,6 +164,7 @@ def op_arguments(
         "dropout": 0.0,
         "seed": 0,
         "offset": 0,
+        "row_seeds": None,
         "recompute": False,
         **changes,
     }

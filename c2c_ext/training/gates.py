@@ -192,6 +192,12 @@ def combined_seed(*values: int) -> int:
     return int(_shifted(key, 1))
 
 
+def sample_seeds(seed: int, step: int, sample_ids: Sequence[int]) -> Tensor:
+    """A seed per sample and step, int64 ``[B]``, keyed as the noise is."""
+    key = _mixed(torch.tensor([_signed(seed)]), torch.tensor([_checked_step(step)]))
+    return _mixed(key, torch.tensor(list(sample_ids), dtype=torch.int64))
+
+
 def _mixed(key: Tensor, number: Tensor) -> Tensor:
     """A pseudorandom 64-bit integer of both; they are broadcast."""
     x = key + (number + 1) * _GOLDEN

@@ -21,7 +21,7 @@ from ..fuser import Fuser
 from ..messages import shown
 from ..training_op import fuse_training, op_missing
 from .checks import check_masters, check_models, check_vocabulary
-from .gates import GateSampler, combined_seed, gate_pairs
+from .gates import GateSampler, combined_seed, gate_pairs, sample_seeds
 from .layout import IGNORE, Layout, lay_out
 from .prefill import prefill
 from .prefix_cache import PrefixCache
@@ -231,7 +231,8 @@ class C2CTrainingModel(nn.Module):
             token_map: int64 ``[B, L]``: the column of the sharer's ids that each prompt token is
                 fused with, or -1 to leave it; without one: its own. Read where tokens are fused.
             sample_ids: B integers that name the samples over the whole run: dropout, and gate noise
-                with ``per="token"``, are keyed by them.
+                with ``per="token"``, are keyed by them (where `c2c_ext.reference` fuses, what a
+                row drops depends on the whole batch's).
             receiver_prefix, sharer_prefix: caches of what the two models would prefill, one per
                 row, unpadded, so that they need not (see `PromptCaches`).
             num_items_in_batch: divide the summed loss by it instead of by the number of labels.
@@ -311,18 +312,22 @@ class C2CTrainingModel(nn.Module):
         gates, seed, dropout = None, 0, 0.0
         if self.training:
             gates, dropout = self._gates(layout, sample_ids), self.dropout
-        if dropout:
-            if sample_ids is None:
-                seed = int(torch.randint(2**63 - 1, ()))
-            else:
-                seed = combined_seed(self.seed, self.step, *sample_ids)
+        by_op = self.backend == "op" and op_missing(self.fuser, base[0][0].device) is None
+        row_seeds = None
+        if dropout and sample_ids is None:
+            seed = int(torch.randint(2**63 - 1, ()))
+        elif dropout and by_op:
+            row_seeds = sample_seeds(self.seed, self.step, sample_ids)
+        elif dropout:
+            seed = combined_seed(self.seed, self.step, *sample_ids)
         common = {"fuser": self.fuser, "dropout": dropout, "seed": seed}
-        if self.backend == "op" and op_missing(self.fuser, base[0][0].device) is None:
+        if by_op:
             return fuse_training(
                 base,
                 shared,
                 token_map=layout.token_map,
                 gates=gates,
+                row_seeds=row_seeds,
                 recompute=self.recompute,
                 **common,
             )

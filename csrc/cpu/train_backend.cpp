@@ -97,9 +97,8 @@ void TrainBackend::residual_norm(Chunk chunk, const Matrices& z, const Matrices&
   const int64_t cols = call_.sizes.hidden, rows = call_.sizes.rows();
   for_rows(chunk.streams, rows, cols, [&](int64_t g, int64_t r, int64_t count) {
     std::vector<char> scratch(kScratchRows * cols * sums_size_);
-    kernels_.residual_norm(rows_of(z, g, r), rows_of(delta, g, r), dropout,
-                           (chunk.first + g) * rows + r, rows_of(out, g, r), rows_of(n, g, r),
-                           count, cols, scratch.data());
+    kernels_.residual_norm(rows_of(z, g, r), rows_of(delta, g, r), dropout, chunk.first + g, r,
+                           rows_of(out, g, r), rows_of(n, g, r), count, cols, scratch.data());
   });
 }
 
@@ -165,8 +164,8 @@ void TrainBackend::dropout_backward(Chunk chunk, const Matrices& dz, const Dropo
                                     const Matrices& dd) const {
   const int64_t cols = call_.sizes.hidden, rows = call_.sizes.rows();
   for_rows(chunk.streams, rows, cols, [&](int64_t g, int64_t r, int64_t n) {
-    kernels_.dropout_backward(rows_of(dz, g, r), dropout, (chunk.first + g) * rows + r,
-                              rows_of(dd, g, r), n, cols);
+    kernels_.dropout_backward(rows_of(dz, g, r), dropout, chunk.first + g, r, rows_of(dd, g, r), n,
+                              cols);
   });
 }
 

@@ -22,13 +22,12 @@ namespace {
 // Several groups side by side, so that the rounds vectorise.
 constexpr int64_t kDropoutColumns = 64;
 template <class S>
-void dropout_factors(const Dropout& d, uint64_t row_group, int64_t first, int64_t count,
-                     S* factors) {
+void dropout_factors(const Dropout& d, DropoutRow row, int64_t first, int64_t count, S* factors) {
   constexpr int kGroups = kDropoutColumns / 4;
   uint32_t words[kGroups][4];
-  const uint64_t group = row_group + static_cast<uint64_t>(first / 4);
+  const uint64_t group = row.first_group + static_cast<uint64_t>(first / 4);
   for (int j = 0; j < kGroups; ++j) {
-    const PhiloxWords w = philox(d.seed, d.offset, group + static_cast<uint64_t>(j));
+    const PhiloxWords w = philox(row.seed, d.offset, group + static_cast<uint64_t>(j));
     for (int k = 0; k < 4; ++k) words[j][k] = w.word[k];
   }
   const S scale = static_cast<S>(d.scale);
@@ -39,13 +38,13 @@ void dropout_factors(const Dropout& d, uint64_t row_group, int64_t first, int64_
 
 // f(first column, columns, factors) for all columns of a row.
 template <class S, class F>
-void for_dropout(const Dropout& d, int64_t row, int64_t cols, const F& f) {
-  const uint64_t row_group =
-      d.first_group + static_cast<uint64_t>(row) * static_cast<uint64_t>((cols + 3) / 4);
+void for_dropout(const Dropout& d, int64_t stream, int64_t row, int64_t cols, const F& f) {
+  const DropoutRow drawn = dropout_row(d, static_cast<uint64_t>(stream), static_cast<uint64_t>(row),
+                                       static_cast<uint64_t>(cols));
   S factors[kDropoutColumns];
   for (int64_t first = 0; first < cols; first += kDropoutColumns) {
     const int64_t count = std::min(kDropoutColumns, cols - first);
-    dropout_factors(d, row_group, first, count, factors);
+    dropout_factors(d, drawn, first, count, factors);
     f(first, count, factors);
   }
 }
@@ -103,8 +102,8 @@ void activate_rows(Activation activation, Rows u, Rows h, int64_t count, int64_t
 }
 
 template <class C, class S>
-void residual_norm(Rows z, Rows delta, const Dropout& dropout, int64_t first_row, Rows out, Rows n,
-                   int64_t count, int64_t cols, void* scratch) {
+void residual_norm(Rows z, Rows delta, const Dropout& dropout, int64_t stream, int64_t first_row,
+                   Rows out, Rows n, int64_t count, int64_t cols, void* scratch) {
   S* wide = static_cast<S*>(scratch);
   for (int64_t r = 0; r < count; ++r) {
     const C *from = row<C>(z, r), *d = row<C>(delta, r);
@@ -113,26 +112,29 @@ void residual_norm(Rows z, Rows delta, const Dropout& dropout, int64_t first_row
       for (int64_t i = 0; i < cols; ++i)
         wide[i] = store<C, S>(widen(from[i]) + widen(d[i]), &to[i]);
     } else {
-      for_dropout<S>(dropout, first_row + r, cols, [&](int64_t first, int64_t width, const S* by) {
-        for (int64_t j = 0; j < width; ++j) {
-          const int64_t i = first + j;
-          wide[i] = store<C, S>(widen(from[i]) + by[j] * widen(d[i]), &to[i]);
-        }
-      });
+      for_dropout<S>(dropout, stream, first_row + r, cols,
+                     [&](int64_t first, int64_t width, const S* by) {
+                       for (int64_t j = 0; j < width; ++j) {
+                         const int64_t i = first + j;
+                         wide[i] = store<C, S>(widen(from[i]) + by[j] * widen(d[i]), &to[i]);
+                       }
+                     });
     }
     if (n.data != nullptr) write_norm(wide, cols, row<C>(n, r));
   }
 }
 
 template <class C, class S>
-void dropout_backward(Rows dz, const Dropout& dropout, int64_t first_row, Rows dd, int64_t count,
-                      int64_t cols) {
+void dropout_backward(Rows dz, const Dropout& dropout, int64_t stream, int64_t first_row, Rows dd,
+                      int64_t count, int64_t cols) {
   for (int64_t r = 0; r < count; ++r) {
     const C* from = row<C>(dz, r);
     C* to = row<C>(dd, r);
-    for_dropout<S>(dropout, first_row + r, cols, [&](int64_t first, int64_t width, const S* by) {
-      for (int64_t j = 0; j < width; ++j) narrow(by[j] * widen(from[first + j]), &to[first + j]);
-    });
+    for_dropout<S>(dropout, stream, first_row + r, cols,
+                   [&](int64_t first, int64_t width, const S* by) {
+                     for (int64_t j = 0; j < width; ++j)
+                       narrow(by[j] * widen(from[first + j]), &to[first + j]);
+                   });
   }
 }
 

@@ -65,17 +65,18 @@ struct TrainKernels {
 
   void (*activate)(Activation activation, Rows u, Rows h, int64_t count, int64_t cols);
 
-  // `first_row`: stream * rows of the call + row, of the first of these rows.
-  void (*residual_norm)(Rows z, Rows delta, const Dropout& dropout, int64_t first_row, Rows out,
-                        Rows n, int64_t count, int64_t cols, void* scratch);
+  // `stream`, of the call, and `first_row` are those of the first of these rows.
+  void (*residual_norm)(Rows z, Rows delta, const Dropout& dropout, int64_t stream,
+                        int64_t first_row, Rows out, Rows n, int64_t count, int64_t cols,
+                        void* scratch);
 
   void (*combine)(const FusedRows& fused, const CacheView& out);
 
   void (*combine_backward)(const FusedRows& fused, const CacheView& grad_out,
                            const FusedGradients& to, void* scratch);  // 3 * dim of S
 
-  void (*dropout_backward)(Rows dz, const Dropout& dropout, int64_t first_row, Rows dd,
-                           int64_t count, int64_t cols);
+  void (*dropout_backward)(Rows dz, const Dropout& dropout, int64_t stream, int64_t first_row,
+                           Rows dd, int64_t count, int64_t cols);
 
   void (*activate_backward)(Activation activation, Rows u, Rows d, Rows h, int64_t count,
                             int64_t cols);

@@ -13,10 +13,8 @@ namespace {
 // What dropout makes of neighbours in one row, the first of which is column `column`.
 class DroppedRow {
  public:
-  __device__ DroppedRow(const Dropout& dropout, uint64_t stream, uint64_t row, uint64_t rows,
-                        uint64_t cols)
-      : dropout_(dropout),
-        first_group_(dropout.first_group + (stream * rows + row) * ((cols + 3) / 4)) {}
+  __device__ DroppedRow(const Dropout& dropout, uint64_t stream, uint64_t row, uint64_t cols)
+      : dropout_(dropout), row_(dropout_row(dropout, stream, row, cols)) {}
 
   // values[k] = kept ? scale * values[k] : 0.
   template <int kCount, class T>
@@ -26,7 +24,7 @@ class DroppedRow {
     for (int first = 0; first < kCount; first += kPerGroup) {
       const int64_t at = column + first;
       const PhiloxWords words =
-          philox(dropout_.seed, dropout_.offset, first_group_ + static_cast<uint64_t>(at) / 4);
+          philox(row_.seed, dropout_.offset, row_.first_group + static_cast<uint64_t>(at) / 4);
       const int word = static_cast<int>(at % 4);
       for (int k = 0; k < kPerGroup; ++k) {
         const bool keep = pick(words, word + k) >= dropout_.threshold;
@@ -44,7 +42,7 @@ class DroppedRow {
   }
 
   Dropout dropout_;
-  uint64_t first_group_;
+  DropoutRow row_;
 };
 
 template <class C>
@@ -64,8 +62,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 template <class C>
 __global__ void __launch_bounds__(kMaxThreads)
-    dropout_residual_kernel(int64_t cols, int64_t rows, Matrices z_in, Matrices delta,
-                            Dropout dropout, int64_t first_stream, Matrices z, Matrices normed) {
+    dropout_residual_kernel(int64_t cols, Matrices z_in, Matrices delta, Dropout dropout,
+                            int64_t first_stream, Matrices z, Matrices normed) {
   using T = Sums<C>;
   const C* x = row_of<C>(z_in, blockIdx.x);
   const C* d = row_of<C>(delta, blockIdx.x);
@@ -73,7 +71,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const bool norm = normed.data != nullptr;
   C* n = norm ? row_of<C>(normed, blockIdx.x) : to;
   const DroppedRow dropped(dropout, static_cast<uint64_t>(first_stream) + blockIdx.y, blockIdx.x,
-                           static_cast<uint64_t>(rows), static_cast<uint64_t>(cols));
+                           static_cast<uint64_t>(cols));
   const bool packed = aligned<C, kPack<C>>(x) && aligned<C, kPack<C>>(d) &&
                       aligned<C, kPack<C>>(to) && aligned<C, kPack<C>>(n);
   T squares = 0;
@@ -99,12 +97,12 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 template <class C>
 __global__ void __launch_bounds__(kMaxThreads)
-    dropout_backward_kernel(int64_t cols, int64_t rows, Matrices dz, Dropout dropout,
-                            int64_t first_stream, Matrices d_delta) {
+    dropout_backward_kernel(int64_t cols, Matrices dz, Dropout dropout, int64_t first_stream,
+                            Matrices d_delta) {
   const C* from = row_of<C>(dz, blockIdx.x);
   C* to = row_of<C>(d_delta, blockIdx.x);
   const DroppedRow dropped(dropout, static_cast<uint64_t>(first_stream) + blockIdx.y, blockIdx.x,
-                           static_cast<uint64_t>(rows), static_cast<uint64_t>(cols));
+                           static_cast<uint64_t>(cols));
   const bool packed = aligned<C, kPack<C>>(from) && aligned<C, kPack<C>>(to);
   for_columns<kPack<C>>(cols, packed, [&](int64_t i, auto count) {
     constexpr int kCount = decltype(count)::value;
@@ -343,7 +341,7 @@ void launch_dropout_residual(CacheType type, const Block& block, int64_t cols, c
   with_type(type, [&](auto zero) {
     using C = decltype(zero);
     launch("dropout_residual", &dropout_residual_kernel<C>, grid_of(block), threads_of<C>(cols), 0,
-           stream, cols, block.rows, z_in, delta, dropout, first_stream, z, normed);
+           stream, cols, z_in, delta, dropout, first_stream, z, normed);
   });
 }
 
@@ -353,7 +351,7 @@ void launch_dropout_backward(CacheType type, const Block& block, int64_t cols, c
   with_type(type, [&](auto zero) {
     using C = decltype(zero);
     launch("dropout_backward", &dropout_backward_kernel<C>, grid_of(block), threads_of<C>(cols), 0,
-           stream, cols, block.rows, dz, dropout, first_stream, d_delta);
+           stream, cols, dz, dropout, first_stream, d_delta);
   });
 }
 

@@ -61,6 +61,7 @@ struct Call {
   Parameters parameters;
   double dropout;  // probability
   uint64_t seed, offset;
+  std::optional<Tensor> row_seeds;  // int64 [B], contiguous: one seed per row in place of `seed`
   bool recompute;
 };
 

@@ -100,6 +100,17 @@ void check_token_map(const Call& call) {
   }
 }
 
+void check_row_seeds(Call& call) {
+  if (!call.row_seeds) return;
+  Tensor& seeds = *call.row_seeds;
+  if (seeds.scalar_type() != ScalarType::Long) {
+    fail("row_seeds must be int64, got ", dtype_name(seeds.scalar_type()));
+  }
+  check_device("row_seeds", seeds, call.base[0]);
+  check_sizes("row_seeds", seeds, {call.sizes.batch}, "base's batch");
+  if (!seeds.is_contiguous()) seeds = torch::stable::contiguous(seeds);
+}
+
 void check_gate(const Call& call) {
   if (!call.gate) return;
   const Sizes& s = call.sizes;
@@ -191,11 +202,13 @@ Call check_call(Placement placement, const Arguments& a, const Parameters& param
             a.dropout,
             static_cast<uint64_t>(a.seed),
             static_cast<uint64_t>(a.offset),
+            a.row_seeds,
             a.recompute};
   call.sizes.reads_receiver = a.reads_receiver;
   check_streams(call, placement);
   check_token_map(call);
   check_gate(call);
+  check_row_seeds(call);
   check_parameters(call);
   if (!(a.dropout >= 0 && a.dropout < 1)) fail("dropout must be in [0, 1), got ", a.dropout);
   return call;

@@ -13,6 +13,7 @@ struct Arguments {
   bool reads_receiver;
   double dropout;
   int64_t seed, offset;
+  const std::optional<Tensor>& row_seeds;
   bool recompute;
 };
 

@@ -9,24 +9,39 @@
 namespace c2c {
 
 // Dropout of one feed-forward block's output [streams of the call, rows, cols], by kernel value.
-// Element (stream, row, col) belongs to group
-//   (first_group + (stream * rows + row) * ceil(cols / 4) + col / 4), word col % 4,
-// and is kept iff that word of philox(seed, offset, group) is at least `threshold`.
+// The element in column `col` of a row (`dropout_row`) is kept iff word col % 4 of
+//   philox(seed, offset, first_group + col / 4)
+// is at least `threshold`.
 struct Dropout {
   uint64_t seed = 0, offset = 0;
-  uint64_t first_group = 0;  // the block's number times streams * rows * ceil(cols / 4)
-  uint32_t threshold = 0;    // probability * 2^32; 0: nothing is dropped
-  double scale = 1;          // of what is kept, 1 / (1 - probability); in S
+  // [batch]: a seed per row of the caches in place of `seed`, where the kernels run; null: none.
+  const int64_t* row_seeds = nullptr;
+  uint64_t rows = 0, tokens = 0;  // of the call, of each of its caches' rows
+  uint64_t first_stream = 0;      // the block's number times the streams of the call
+  uint32_t threshold = 0;         // probability * 2^32; 0: nothing is dropped
+  double scale = 1;               // of what is kept, 1 / (1 - probability); in S
 };
 
-// probability in [0, 1).
-inline Dropout dropout_of(double probability, uint64_t seed, uint64_t offset,
-                          uint64_t first_group) {
-  return {seed, offset, first_group, static_cast<uint32_t>(probability * 4294967296.0),
-          1 / (1 - probability)};
-}
-
 namespace {
+
+struct DropoutRow {
+  uint64_t seed, first_group;
+};
+
+// What row `row` of stream `stream` draws. With one seed the rows of the call are counted; with one
+// per row of the caches its tokens are, from the last, so that neither the other rows nor padding
+// in front of it change what it draws.
+C2C_HOST_DEVICE DropoutRow dropout_row(const Dropout& d, uint64_t stream, uint64_t row,
+                                       uint64_t cols) {
+  const uint64_t groups = (cols + 3) / 4;
+  if (d.row_seeds == nullptr) {
+    return {d.seed, ((d.first_stream + stream) * d.rows + row) * groups};
+  }
+  constexpr uint64_t kMostTokens = uint64_t{1} << 31;
+  const uint64_t before_last = d.tokens - 1 - row % d.tokens;
+  return {static_cast<uint64_t>(d.row_seeds[row / d.tokens]),
+          ((d.first_stream + stream) * kMostTokens + before_last) * groups};
+}
 
 struct PhiloxWords {
   uint32_t word[4];

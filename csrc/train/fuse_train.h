@@ -217,9 +217,18 @@ class Fusion {
   // Of feed-forward block `block`: 0 the shared one, 1 .. P the projection's, P + 1 the
   // weighting's.
   Dropout dropout(int64_t block) const {
-    return dropout_of(
-        call_.dropout, call_.seed, call_.offset,
-        static_cast<uint64_t>(block * s_.streams * s_.rows() * ((s_.hidden + 3) / 4)));
+    Dropout d;
+    d.seed = call_.seed;
+    d.offset = call_.offset;
+    if (call_.row_seeds) {
+      d.row_seeds = static_cast<const int64_t*>(call_.row_seeds->const_data_ptr());
+    }
+    d.rows = static_cast<uint64_t>(s_.rows());
+    d.tokens = static_cast<uint64_t>(s_.tokens);
+    d.first_stream = static_cast<uint64_t>(block * s_.streams);
+    d.threshold = static_cast<uint32_t>(call_.dropout * 4294967296.0);  // below 1
+    d.scale = 1 / (1 - call_.dropout);
+    return d;
   }
 
   // ---- forward ---------------------------------------------------------------------------------

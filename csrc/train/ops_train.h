@@ -18,11 +18,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> fuse_op(
     std::optional<Tensor> weight_w1, std::optional<Tensor> weight_w2,
     std::optional<Tensor> head_weight, std::optional<Tensor> head_bias, std::string activation,
     std::string integration, bool reads_receiver, double dropout, int64_t seed, int64_t offset,
-    bool recompute) {
+    std::optional<Tensor> row_seeds, bool recompute) {
   const Call call = check_call(
       Backend::kPlacement,
       {base, sharer, token_map, gate, activation, integration, reads_receiver, dropout, seed,
-       offset, recompute},
+       offset, row_seeds, recompute},
       {in_weight, in_bias, shared_norm, shared_w1, shared_w2, proj_norm, proj_w1, proj_w2,
        out_weight, out_bias, weight_norm, weight_w1, weight_w2, head_weight, head_bias});
   Fusion<Backend> fusion(call);
@@ -51,11 +51,12 @@ std::vector<Tensor> fuse_backward_op(
     std::optional<Tensor> weight_w1, std::optional<Tensor> weight_w2,
     std::optional<Tensor> head_weight, std::optional<Tensor> head_bias, std::string activation,
     std::string integration, bool reads_receiver, double dropout, int64_t seed, int64_t offset,
-    bool recompute, std::vector<Tensor> saved, std::vector<bool> needed) {
+    std::optional<Tensor> row_seeds, bool recompute, std::vector<Tensor> saved,
+    std::vector<bool> needed) {
   const Call call = check_call(
       Backend::kPlacement,
       {base, sharer, token_map, gate, activation, integration, reads_receiver, dropout, seed,
-       offset, recompute},
+       offset, row_seeds, recompute},
       {in_weight, in_bias, shared_norm, shared_w1, shared_w2, proj_norm, proj_w1, proj_w2,
        out_weight, out_bias, weight_norm, weight_w1, weight_w2, head_weight, head_bias});
   Fusion<Backend> fusion(call);
