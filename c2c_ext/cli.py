@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -203,8 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if options.command == "train" and not options.sweep and not options.dry_run:
-            hint = f"--resume goes on from the last checkpoint in {options.output}"
-            print(f"c2c train: stopped; {hint}", file=sys.stderr)
+            there = any(Path(options.output).glob("checkpoint-*"))
+            hint = "; --resume goes on from the last checkpoint in " + options.output
+            print(f"c2c train: stopped{hint if there else ''}", file=sys.stderr)
         return 130
 
 

@@ -16,6 +16,7 @@ from .fuser import Fuser
 from .fusion_checks import (
     Source,
     check_fuser_device,
+    check_parameters,
     check_fusion,
     checked_sources,
     named,
@@ -101,6 +102,8 @@ def fuse(
             )
     for source, by_reference in zip(sources, plain, strict=True):
         if by_reference:
+            check_parameters(source.fuser, wanted)
+            check_parameters(source.fuser, wanted)
             check_fuser_device(source.fuser, first)
     if any(plain):
         base = window(receiver, start, end)

@@ -222,6 +222,21 @@ def named(side: str, pairs: KVPairs) -> Iterator[tuple[str, Tensor]]:
             yield f"{side}_{which}[{i}]", t
 
 
+def check_parameters(fuser: Fuser, wanted: bool) -> None:
+    """Everything but the packed form computes with parameters, which not every fuser holds."""
+    if fuser.inference_only:
+        why = (
+            "gradients are enabled and a cache requires them, or a transform of torch.func or "
+            "forward-mode AD is active: call it under torch.no_grad()"
+            if wanted
+            else "these caches go through plain PyTorch, which computes with parameters"
+        )
+        raise ValueError(
+            "c2c_ext.fuse: fuser was loaded for inference only (inference_dtype) and holds no "
+            f"parameters, but {why}; or load the fuser without inference_dtype"
+        )
+
+
 def check_fuser_device(fuser: Fuser, first: Tensor) -> None:
     """The reference computes with the parameters as they are; only packing moves them."""
     for name, p in fuser.named_parameters():

@@ -137,6 +137,25 @@ def test_other_caches_are_refused(saved: Path) -> None:
         c2c_ext.fuse(base, sharer, only)
 
 
+@pytest.mark.parametrize("which", ["base", "sharer", "transform"])
+def test_gradients_are_refused_with_the_reason(saved: Path, which: str) -> None:
+    only = Fuser.from_pretrained(saved, inference_dtype=torch.float32)
+    base, sharer = make_caches(only.config)
+    message = (
+        r"loaded for inference only \(inference_dtype\) and holds no parameters, but gradients are "
+        r"enabled and a cache requires them.*under torch.no_grad\(\); or load the fuser without inf"
+    )
+    if which == "transform":
+        with pytest.raises(ValueError, match=message), torch.autograd.forward_ad.dual_level():
+            c2c_ext.fuse(base, sharer, only)
+        return
+    flat(base if which == "base" else sharer)[0].requires_grad_()
+    with pytest.raises(ValueError, match=message):
+        c2c_ext.fuse(base, sharer, only)
+    with torch.no_grad():
+        c2c_ext.fuse(base, sharer, only)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -43,6 +43,17 @@ def test_import_says_what_is_wrong_with_torch(without: str, sentence: str) -> No
     assert re.fullmatch(sentence, done.stderr.splitlines()[-1])
 
 
+@pytest.mark.parametrize("program", ["/usr/bin/c2c", "script.py"])
+def test_an_interrupted_import_is_quiet_on_the_command_line(program: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    where = f"sys.argv = [{program!r}, 'info']; sys.path.insert(0, {str(tmp_path)!r})"
+    done = run(f"{where}\nfrom c2c_ext.cli import main\nsys.exit(main())")
+    if program.endswith("c2c"):
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    else:  # who imports the package decides what Ctrl-C does
+        assert done.stderr.endswith("KeyboardInterrupt\n")
+
+
 @pytest.mark.parametrize(
     ("version", "expected"),
     [("2.10.0", (2, 10)), ("2.9.1+cu128", (2, 9)), ("3.0.0a0+git1", (3, 0)), ("unknown", (0, 0))],

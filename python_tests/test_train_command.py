@@ -1,9 +1,12 @@
 """`c2c train` end to end on tiny models: output, resuming, dry run, sweep, bad input."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -105,6 +108,80 @@ def test_a_run_is_resumed_only_where_asked_and_as_it_was(
     assert same(dict(first), dict(c2c_ext.Fuser.from_pretrained(output).state_dict()))
 
 
+def test_other_models_of_the_same_name_are_not_resumed_and_moved_ones_are(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(place, here := tmp_path / "here")
+    output, end = tmp_path / "fuser", ("--set", "max_steps=2", "save_steps=1")
+    assert train(here, output, *end) == 0
+    first = c2c_ext.Fuser.from_pretrained(output).state_dict()
+    for side in ("receiver", "sharer"):
+        shutil.rmtree(checkpoint_path(output, 2), ignore_errors=True)
+        file = here / side / "model.safetensors"
+        before = load_file(file)
+        save_file({n: t * 1.01 for n, t in before.items()}, file, {"format": "pt"})
+        assert train(here, output, *end, "--resume") == 2
+        message = f"its hash of the {side}'s configuration and weights was "
+        assert message in capsys.readouterr().err
+        save_file(before, file, {"format": "pt"})
+    for side in ("receiver", "sharer"):
+        (here / side).rename(here / f"moved-{side}")
+    moved = [x for s in ("receiver", "sharer") for x in (f"--{s}", str(here / f"moved-{s}"))]
+    assert train(here, output, *end, *moved, "--resume") == 0
+    assert same(dict(first), dict(c2c_ext.Fuser.from_pretrained(output).state_dict()))
+
+
+def test_other_evaluation_data_is_not_resumed(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = write_lines(tmp_path / "eval.jsonl", [{"messages": turns("w1", "w2")}] * 4)
+    options = ("--set", "max_steps=1", "--eval-data", str(data))
+    assert train(place, tmp_path / "x", *options) == 0
+    write_lines(data, [{"messages": turns("w1", "w3")}] * 4)
+    assert train(place, tmp_path / "x", *options, "--resume") == 2
+    assert "its eval_data was " in capsys.readouterr().err
+    assert train(place, tmp_path / "x", *options[:2], "--resume") == 2
+
+
+def test_unknown_tokens_are_counted(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    records = [turns("w1", "w2"), turns("what w1", "w2"), turns("so so", "w1 this")]
+    write_lines(tmp_path / "x.jsonl", [{"messages": messages} for messages in records])
+    options = ("--data", str(tmp_path / "x.jsonl"), "--set", "max_steps=1")
+    assert train(place, tmp_path / "x", *options) == 0
+    message = capsys.readouterr().err
+    assert "warning: 4 tokens of 2 conversations are <unk>" in message
+    assert "1 of them are learnt as responses (first: line 2)" in message
+    assert train(place, tmp_path / "y", "--set", "max_steps=1") == 0
+    assert "warning: " not in capsys.readouterr().err
+
+
+def test_a_dataset_of_the_hub_trains_by_name(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"messages": turns(f"w{i} w{i + 1}", f"w{i + 2}")} for i in range(10)]
+    asked = []
+
+    def load_dataset(name: str, split: str) -> list[dict]:
+        asked.append((name, split))
+        return rows
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    options = ("--data", "org/chats", "--set", "max_steps=2", "split=part")
+    assert train(place, tmp_path / "x", *options, "--eval-data", "org/others") == 0
+    assert asked == [("org/chats", "part"), ("org/others", "part")]
+    assert "org/chats: 10 conversations, 0 bad rows" in capsys.readouterr().err
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "org/chats" in card
+    assert train(place, tmp_path / "y", *options) == 0  # as the file of the same conversations
+    assert train(place, tmp_path / "z", "--set", "max_steps=2") == 0
+    fusers = [c2c_ext.Fuser.from_pretrained(tmp_path / n).state_dict() for n in "yz"]
+    assert same(*map(dict, fusers))
+    assert train(place, tmp_path / "q", *options, "--dry-run") == 0
+    assert "rows of a dataset of the Hub are not counted" in capsys.readouterr().err
+
+
 def test_the_recipes_seed_decides_what_is_trained(place: Path, tmp_path: Path) -> None:
     fusers = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -181,7 +258,7 @@ def test_bad_data_is_refused_or_skipped(
 ) -> None:
     assert train(place, tmp_path / "x", data="bad.jsonl") == 2
     message = capsys.readouterr().err
-    assert "10 conversations, 2 bad lines" in message
+    assert "10 conversations, 2 bad lines (--bad-data skip leaves them out)" in message
     assert "bad.jsonl, line 11: the line is not valid JSON" in message
     assert "bad.jsonl, line 12: no message is the assistant's" in message
     assert not (tmp_path / "x").exists()
@@ -275,9 +352,18 @@ def test_an_interrupted_run_says_how_to_go_on(
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(C2CTrainingModel, "forward", interrupted)
+    forward, stop_at = C2CTrainingModel.forward, 3
+
+    def some(self: C2CTrainingModel, *args: object, **kwargs: object) -> object:
+        return interrupted() if self.step == stop_at else forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(C2CTrainingModel, "forward", some)
     assert train(place, tmp_path / "x") == 130
-    assert "c2c train: stopped; --resume goes on from the last" in capsys.readouterr().err
+    message = f"c2c train: stopped; --resume goes on from the last checkpoint in {tmp_path / 'x'}"
+    assert message in capsys.readouterr().err
+    stop_at = 0
+    assert train(place, tmp_path / "y") == 130
+    assert capsys.readouterr().err.endswith("c2c train: stopped\n")
 
 
 def test_a_model_without_some_of_its_weights_is_refused(
@@ -401,6 +487,9 @@ def test_a_diverging_loss_ends_with_status_1(
         (["--receiver", "/nowhere"], "--receiver: no model at /nowhere"),
         (["--data", "/nowhere.jsonl"], "--data: /nowhere.jsonl is missing or not a regular file"),
         (["--eval-data", "/no.jsonl"], "--eval-data: /no.jsonl is missing or not a regular file"),
+        (["--data", "/no.jsonl", "--dry-run"], "--data: /no.jsonl is missing or not a regular"),
+        (["--eval-data", "/no.jsonl", "--dry-run"], "--eval-data: /no.jsonl is missing or not a"),
+        (["--set", "chat_template=tokenizer", "labels=all", "max_tokens=5"], "must have at most 5"),
     ],
 )
 def test_bad_input_is_one_clear_error(
@@ -426,12 +515,68 @@ def test_models_must_read_the_same_tokens(
     assert f"--sharer: {other} has no tokenizer that can be read" in capsys.readouterr().err
 
 
-def test_output_must_be_a_directory(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize("option", ["--output", "--prompt-caches"])
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("file", "must be a directory, it is a file"),
+        ("file/below", "cannot be written to: Not a directory"),
+        ("/proc/nowhere", "cannot be written to: "),
+        ("n" * 300, "cannot be written to: File name too long"),
+        ("/".join(["n" * 200] * 20), "cannot be written to: File name too long"),
+        ("deep", "cannot be written to: File name too long"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_refused_before_models_load(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    where: str,
+    message: str,
 ) -> None:
-    (tmp_path / "x").write_text("")
+    monkeypatch.setattr("c2c_ext.training.command.load_setup", None)
+    (tmp_path / "file").write_text("")
+    if where == "deep":  # itself short enough, what is written there is not
+        path = tmp_path / "/".join(["n" * 99] * 41)
+        path = Path(str(path)[: os.pathconf(tmp_path, "PC_PATH_MAX") - 20].rstrip("/"))
+    else:
+        path = tmp_path / where
+    before = sorted(tmp_path.rglob("*"))
+    output = path if option == "--output" else tmp_path / "out"
+    extra = () if option == "--output" else (option, str(path))
+    assert train(place, output, *extra) == 2
+    assert re.search(
+        f"c2c train: {option}: {re.escape(str(path))} {message}", capsys.readouterr().err
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_read_only_place_is_refused_before_models_load(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkdir(self: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr("c2c_ext.training.command.load_setup", None)
+    monkeypatch.setattr(Path, "mkdir", mkdir)
     assert train(place, tmp_path / "x") == 2
-    assert "--output: " in capsys.readouterr().err
+    assert "--output: " in (message := capsys.readouterr().err)
+    assert "x cannot be written to: Read-only file system" in message
+
+
+def test_prompt_caches_that_cannot_be_read_are_refused_before_models_load(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("c2c_ext.training.command.load_setup", None)
+    options = ("--prompt-caches", str(tmp_path / "caches"))
+    (tmp_path / "caches" / "receiver").mkdir(parents=True)
+    assert train(place, tmp_path / "x", *options) == 2
+    assert "caches/receiver must be a directory of prompt caches, it hol" in capsys.readouterr().err
+    (tmp_path / "caches" / "receiver" / "index.json").write_text("{")
+    assert train(place, tmp_path / "x", *options) == 2
+    assert "caches/receiver/index.json is not valid JSON" in capsys.readouterr().err
 
 
 def test_training_says_that_accelerate_is_missing(

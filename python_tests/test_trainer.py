@@ -1,5 +1,6 @@
 """C2CTrainer: resuming bit for bit, splitting batches, stopping on NaN, evaluation, processes."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -90,11 +91,13 @@ def test_gates_and_norms_are_not_decayed(tmp_path: Path) -> None:
     assert not any(names[id(p)].endswith(("_norm", "gate_logit")) for p in decayed["params"])
 
 
-@pytest.mark.parametrize("per", ["stream", "token"])
-def test_micro_batches_make_no_difference_but_rounding(tmp_path: Path, per: str) -> None:
+@pytest.mark.parametrize(("per", "dropout"), [("stream", 0.0), ("token", 0.2)])
+def test_micro_batches_make_no_difference_but_rounding(
+    tmp_path: Path, per: str, dropout: float
+) -> None:
     fusers = []
     for micro in (4, 2, 1):
-        recipe = replace(RECIPE, micro_batch=micro, max_steps=4, gate_per=per)
+        recipe = replace(RECIPE, micro_batch=micro, max_steps=4, gate_per=per, dropout=dropout)
         trainer = tiny_trainer(tmp_path / str(micro), recipe)
         trainer.train()
         fusers.append(dict(trainer.fuser.state_dict()))
@@ -254,6 +257,49 @@ def test_another_run_is_not_resumed(tmp_path: Path, changes: dict, message: str)
     tiny_trainer(tmp_path, replace(RECIPE, max_steps=5)).train()
     with pytest.raises(ValueError, match=message):
         tiny_trainer(tmp_path, replace(RECIPE, **changes)).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fuser.safetensors",
+        "training_state.safetensors",
+        "training_state.json",
+        "trainer_state.json",
+    ],
+)
+def test_a_damaged_checkpoint_says_how_to_go_on_without_it(tmp_path: Path, name: str) -> None:
+    tiny_trainer(tmp_path, replace(RECIPE, max_steps=4, save_steps=2)).train()
+    last, before = (checkpoint_path(tmp_path, step) for step in (4, 2))
+    for place, onward in ((last, "goes on from checkpoint-2"), (before, "starts anew")):
+        file = place / name
+        file.write_bytes(file.read_bytes()[:-40])
+        message = re.escape(f"{name}") + f".*; with {place} moved away, a resumed run {onward}$"
+        recipe = replace(RECIPE, max_steps=6, save_steps=2)
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            tiny_trainer(tmp_path, recipe).train(resume_from_checkpoint=True)
+        place.rename(tmp_path / f"moved-{place.name}")
+
+
+def test_a_fuser_of_other_models_names_is_resumed(tmp_path: Path) -> None:
+    """A model directory may be renamed."""
+    tiny_trainer(tmp_path, replace(RECIPE, max_steps=2)).train()
+    model = training_model()
+    named = {s: replace(getattr(model.fuser.config, s), name="x") for s in ("receiver", "sharer")}
+    model.fuser.config = replace(model.fuser.config, **named)
+    trainer = tiny_trainer(tmp_path, replace(RECIPE, max_steps=4), model=model)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+
+
+def test_intervals_may_change_when_resuming(tmp_path: Path) -> None:
+    tiny_trainer(tmp_path, replace(RECIPE, save_steps=2), callbacks=[StopAfter(2)]).train()
+    recipe = replace(RECIPE, save_steps=3, log_steps=4)
+    trainer = tiny_trainer(tmp_path, recipe)
+    trainer.train(resume_from_checkpoint=True)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    logged = [e["step"] for e in trainer.state.log_history if "loss" in e]
+    assert logged == [1, 2, 4, 8]
 
 
 def test_a_fuser_of_another_shape_is_not_resumed(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import random
 import resource
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ import pytest
 import torch
 from conftest import make_fuser
 from safetensors.torch import load_file, save_file
+from transformers import TrainerState
 
 from c2c_ext import Fuser
 from c2c_ext.training.checkpoint import (
+    _TRAINER_FIELDS,
     STATE_NAME,
     TENSORS_NAME,
     TrainingState,
@@ -261,6 +264,9 @@ def test_another_run_is_refused(saved: Path, run: dict, message: str) -> None:
         ({"format_version": 2}, "is not a training state of this version"),
         ({"step": -1}, "step must be a number of steps, got -1"),
         ({"step": "x"}, "step must be a number of steps, got 'x'"),
+        ({"step": 10**400}, "step must be a number of steps, got 1000"),
+        ({"scheduler__last_epoch": 10**400}, "scheduler.last_epoch must be like"),
+        ({"optimizer__numbers": {"0.step": 10**400}}, "optimizer.numbers.0.step is not a number"),
         ({"scheduler": None}, "scheduler is missing"),
         ({"scheduler": []}, "scheduler must be an object"),
         ({"scheduler__last_epoch": None}, "scheduler.last_epoch is missing"),
@@ -352,13 +358,33 @@ def test_a_wrong_generator_state_changes_no_generator(saved: Path) -> None:
         ('{"global_step": -1}', "global_step must be a number of steps, got -1"),
         ("{}", "global_step must be a number of steps, got None"),
         ('{"global_step": 1, "best_global_step": "/x"}', "best_global_step must be a number of"),
-        ('{"global_step": 1, "best_metric": "x"}', "best_metric must be a number, got 'x'"),
+        ('{"global_step": 1, "best_metric": "x"}', "best_metric must be a number or null, got 'x'"),
         ('{"global_step": 1, "log_history": [1]}', "log_history must be a list of objects"),
+        ('{"global_step": 1, "log_history": 7}', "log_history must be a list of objects,"),
+        (
+            '{"global_step": 1, "log_history": [{}, {"loss": "low"}]}',
+            r"log_history\[1\].loss must be a number, got 'low'",
+        ),
+        (f'{{"global_step": 1{"0" * 400}}}', "global_step must be a number of steps, got 10"),
+        ('{"global_step": 1, "save_steps": null}', "save_steps must be a number, got None"),
+        ('{"global_step": 1, "epoch": [2]}', r"epoch must be a number or null, got \[2\]"),
+        ('{"global_step": 1, "total_flos": NaN}', "total_flos must be a number, got nan"),
+        ('{"global_step": 1, "best_model_checkpoint": 3}', "point must be a string or null"),
+        (
+            '{"global_step": 1, "stateful_callbacks": [1]}',
+            "callbacks must be an object or null",
+        ),
+        ('{"global_step": 1, "is_world_process_zero": 1}', "process_zero must be true or false"),
     ],
 )
 def test_a_wrong_trainer_state_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "trainer_state.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_trainer_state(
-            tmp_path, ["global_step", "best_global_step", "best_metric", "log_history"]
-        )
+    known = [field.name for field in fields(TrainerState)]
+    with pytest.raises(ValueError, match=message) as error:
+        read_trainer_state(tmp_path, known)
+    assert str(tmp_path / "trainer_state.json") in str(error.value)
+
+
+def test_every_field_of_the_trainers_state_is_checked() -> None:
+    checked = {"global_step", "best_global_step", *_TRAINER_FIELDS}
+    assert {field.name for field in fields(TrainerState)} <= checked

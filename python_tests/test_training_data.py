@@ -8,7 +8,7 @@ import pytest
 from local_tokenizers import turns, write_lines
 
 from c2c_ext.training import data
-from c2c_ext.training.data import read_conversations
+from c2c_ext.training.data import is_file_place, read_conversations
 
 GOOD = {"messages": turns("w1 w2", "w3")}
 
@@ -106,6 +106,20 @@ def test_a_huge_line_is_refused_without_reading_it_whole(
     assert [line.split(": ", 1)[1] for line in bad.lines()] == [
         "must be at most 100 bytes long"
     ] * 2
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("talks.jsonl", True),
+        ("a/b/c", True),
+        (__file__, True),
+        ("org/chats", False),
+        ("chats", False),
+    ],
+)
+def test_a_files_place_is_told_from_a_datasets_name(source: str, expected: bool) -> None:
+    assert is_file_place(source) == expected
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "."])

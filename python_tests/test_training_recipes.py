@@ -1,12 +1,14 @@
 """Recipes: the write-ups' settings, YAML files, and one clear error for every wrong setting."""
 
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import tiny_models
 
-from c2c_ext.training.recipes import PUBLISHED, RECIPES, Recipe, load_recipe
+from c2c_ext.cli import main
+from c2c_ext.training.recipes import PUBLISHED, RECIPES, Recipe, load_recipe, parse_value
 
 DOCS = Path(__file__).parent.parent / "docs" / "training.md"
 
@@ -97,6 +99,7 @@ def test_a_yaml_file_changes_a_recipe(tmp_path: Path) -> None:
         ("- lr", "must be a mapping of settings, got list"),
         ("", "must be a mapping of settings, got NoneType"),
         ("lr: [", "is not valid YAML"),
+        ("lr: 1\nbatch: 8\nlr: 2", "is not valid YAML: duplicate keys: lr"),
         ("lr: !!python/object/apply:os.getcwd []", "is not valid YAML: could not determine a cons"),
     ],
 )
@@ -126,6 +129,23 @@ def test_a_batch_is_divided_over_passes_and_processes() -> None:
 
 if DOCS.exists():  # not where the suite runs beside an installed package
 
-    def test_every_field_is_documented() -> None:
-        text = DOCS.read_text()
-        assert not [f.name for f in fields(Recipe) if f"`{f.name}`" not in text]
+    def test_every_field_is_documented_with_its_default() -> None:
+        rows = re.findall(
+            r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \| [^|]+ \|$", DOCS.read_text(), re.M
+        )
+        documented = {}
+        for names, defaults in rows:
+            names, defaults = re.findall(r"\w+", names), defaults.split(", ")
+            documented |= dict(zip(names, defaults, strict=len(defaults) > 1))
+            if len(defaults) == 1:
+                documented |= dict.fromkeys(names, defaults[0])
+        parsed = Recipe().changed({name: parse_value(text) for name, text in documented.items()})
+        assert documented.keys() == {f.name for f in fields(Recipe)} and parsed == Recipe()
+
+    def test_every_option_of_the_command_is_documented(capsys: pytest.CaptureFixture) -> None:
+        with pytest.raises(SystemExit):
+            main(["train", "--help"])
+        options = set(re.findall(r"--[\w-]+", capsys.readouterr().out)) - {"--help"}
+        table = DOCS.read_text().partition("## Options of the command")[2].partition("\n## ")[0]
+        rows = [line.partition(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+        assert {name for row in rows for name in re.findall(r"--[\w-]+", row)} == options

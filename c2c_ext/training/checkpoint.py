@@ -8,12 +8,12 @@ the Trainer's own trainer_state.json. Nothing in it is a pickle.
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,10 +33,43 @@ STATE_NAME = "training_state.json"
 TENSORS_NAME = "training_state.safetensors"
 TRAINER_STATE_NAME = "trainer_state.json"
 FORMAT_VERSION = 1
+# What the Trainer calculates with or prints of trainer_state.json: what a value must be.
+_NUMBER = ("a number", lambda v: _is_number(v))
+_NUMBER_OR_NULL = ("a number or null", lambda v: v is None or _is_number(v))
+_TEXT_OR_NULL = ("a string or null", lambda v: isinstance(v, str | None))
+_FLAG = ("true or false", lambda v: isinstance(v, bool))
+_TRAINER_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    # NaN too: a loss may be.
+    "best_metric": (
+        "a number or null",
+        lambda v: v is None or isinstance(v, float) or _is_number(v),
+    ),
+    "best_model_checkpoint": _TEXT_OR_NULL,
+    "epoch": _NUMBER_OR_NULL,
+    **dict.fromkeys(("max_steps", "logging_steps", "eval_steps", "save_steps"), _NUMBER),
+    **dict.fromkeys(("num_train_epochs", "num_input_tokens_seen", "total_flos"), _NUMBER),
+    "train_batch_size": _NUMBER_OR_NULL,
+    "log_history": (
+        "a list of objects",
+        lambda v: isinstance(v, list) and all(isinstance(entry, dict) for entry in v),
+    ),
+    **dict.fromkeys(
+        ("is_local_process_zero", "is_world_process_zero", "is_hyper_param_search"), _FLAG
+    ),
+    "trial_name": _TEXT_OR_NULL,
+    "trial_params": ("an object or null", lambda v: isinstance(v, dict | None)),
+    "stateful_callbacks": ("an object or null", lambda v: isinstance(v, dict | None)),
+}
+_LOGGED_NUMBERS = {"step", "epoch", "loss", "train_loss", "eval_loss"}
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
 _LEFTOVER = re.compile(r"\.(checkpoint-\d{1,18})\.[0-9a-f]{16}\.(new|aside|old)")
 _MAX_TENSOR_BYTES_PER_PARAMETER = 64  # eight float64 of state
+_MAX_STEPS = 1 << 53
 _MAX_OTHER_BYTES = 1 << 30  # generators of all processes
+
+
+class OtherRunError(ValueError):
+    """A checkpoint is whole, but of a run with other settings, data or models."""
 
 
 def checkpoint_path(output: str | Path, step: int) -> Path:
@@ -163,7 +196,8 @@ def check_checkpoint(directory: Path, run: Mapping[str, Any]) -> int:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: it is no checkpoint, or one of another run; names what differs.
+        ValueError: it is no checkpoint.
+        OtherRunError: it is one of another run; names what differs.
     """
     data = _read_state(directory)
     if not isinstance(data["run"], dict):
@@ -171,7 +205,7 @@ def check_checkpoint(directory: Path, run: Mapping[str, Any]) -> int:
     now = json.loads(json.dumps(run))
     for key, value in now.items():
         if data["run"].get(key) != value:
-            raise ValueError(
+            raise OtherRunError(
                 f"{directory} cannot be resumed: its {key} was {shown(data['run'].get(key))}, now "
                 f"it is {shown(value)}"
             )
@@ -288,13 +322,19 @@ def read_trainer_state(directory: Path, known: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: unknown keys {listed(unknown)}; another version's?")
     for key, optional in (("global_step", False), ("best_global_step", True)):
         value = data.get(key)
-        if not (value is None and optional) and (type(value) is not int or value < 0):
+        if value is None and optional:
+            continue
+        if type(value) is not int or not 0 <= value <= _MAX_STEPS:
             raise ValueError(f"{path}: {key} must be a number of steps, got {shown(value)}")
-    if not isinstance(data.get("best_metric"), int | float | None):
-        raise ValueError(f"{path}: best_metric must be a number, got {shown(data['best_metric'])}")
-    history = data.get("log_history", [])
-    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-        raise ValueError(f"{path}: log_history must be a list of objects")
+    for key, (what, holds) in _TRAINER_FIELDS.items():
+        if key in data and not holds(data[key]):
+            raise ValueError(f"{path}: {key} must be {what}, got {shown(data[key])}")
+    for i, entry in enumerate(data.get("log_history") or ()):
+        for key in _LOGGED_NUMBERS & entry.keys():
+            if not isinstance(entry[key], int | float):
+                raise ValueError(
+                    f"{path}: log_history[{i}].{key} must be a number, got {shown(entry[key])}"
+                )
     return data
 
 
@@ -306,7 +346,7 @@ def _read_state(directory: Path) -> dict[str, Any]:
     for key in ("step", "run", "optimizer", "scheduler", "generators"):
         if key not in data:
             raise ValueError(f"{path}: {key} is missing")
-    if type(data["step"]) is not int or data["step"] < 0:
+    if type(data["step"]) is not int or not 0 <= data["step"] <= _MAX_STEPS:
         raise ValueError(f"{path}: step must be a number of steps, got {shown(data['step'])}")
     return data
 
@@ -335,7 +375,7 @@ def _merged_groups(fresh: list[dict], saved: Any, where: Path) -> list[dict]:
         for key in (own.keys() & other.keys()) - {"params", "lr"}:
             now = json.loads(json.dumps(own[key]))
             if now != other[key]:
-                raise ValueError(
+                raise OtherRunError(
                     f"{where}: the optimizer's {key} was {shown(other[key])}, now it is "
                     f"{shown(now)}"
                 )
@@ -371,7 +411,8 @@ def _numbers_of(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, bool | int | float) and math.isfinite(value)
+    # Compared and not converted: an integer of a file may be too large for a float.
+    return isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max
 
 
 def _set_generators(state: dict[str, Any]) -> None:

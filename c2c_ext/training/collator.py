@@ -150,6 +150,14 @@ class Encoder:
             token_map,
         )
 
+    @property
+    def unknown_id(self) -> int | None:
+        """The receiver's id for what it cannot read; None where it has none of its own."""
+        own = self.receiver
+        # Where nothing is unknown, bytes say, some name a token that has another use.
+        used = (own.eos_token_id, own.bos_token_id, own.pad_token_id)
+        return None if own.unk_token_id in used else own.unk_token_id
+
     def _tokens(self, messages: list[dict], learnt: list[int]) -> tuple[list[int], list[int]]:
         """Token ids and labels; ends with the last token that is learnt."""
         ids: list[int] = []
@@ -243,6 +251,30 @@ def check_same_tokens(
     )
 
 
+@dataclass
+class UnknownTokens:
+    """What a tokenizer could not read and wrote its unknown token for.
+
+    Attributes:
+        first: number of the first record that has any.
+        samples: records that have any.
+        tokens, learnt: unknown tokens in all, and those of them that are learnt.
+    """
+
+    first: int = 0
+    samples: int = 0
+    tokens: int = 0
+    learnt: int = 0
+
+    def add(self, sample: Sample, unknown: int) -> None:
+        """Counts one sample's tokens of the id ``unknown``."""
+        if count := int((sample.input_ids == unknown).sum()):
+            self.first = self.first or sample.number
+            self.samples += 1
+            self.tokens += count
+            self.learnt += int((sample.labels == unknown).sum())
+
+
 class ChatDataset(Dataset):
     """The samples of a source, in its order.
 
@@ -251,6 +283,9 @@ class ChatDataset(Dataset):
         bad: from there too; conversations that cannot be samples are added to it.
         encoder: makes the samples.
 
+    Attributes:
+        unknown: what the receiver's tokenizer could not read.
+
     Raises:
         ValueError: bad records that are refused, or nothing is left.
     """
@@ -258,12 +293,15 @@ class ChatDataset(Dataset):
     def __init__(
         self, conversations: Sequence[Conversation], bad: BadData, encoder: Encoder
     ) -> None:
-        self.bad, self.samples = bad, []
+        self.bad, self.samples, self.unknown = bad, [], UnknownTokens()
         for conversation in conversations:
             try:
                 self.samples.append(encoder(conversation))
             except ValueError as error:
                 bad.add(conversation.number, str(error))
+                continue
+            if encoder.unknown_id is not None:
+                self.unknown.add(self.samples[-1], encoder.unknown_id)
         bad.kept = len(self.samples)
         bad.check()
 

@@ -15,6 +15,8 @@ from ..messages import shown_name
 from ..model_card import HUB_ID
 from ..serialization import CONFIG_NAME, WEIGHTS_NAME
 from . import dry_run
+from .data import is_file_place
+from .places import check_prompt_caches, check_writable
 from .recipes import Recipe, load_recipe, parse_value
 from .run import SIDES, Setup, check_no_run, is_first, leave_processes, load_setup, run_once
 from .sweep import DATA_NAME, TABLE_NAME, check_grid, run_sweep
@@ -77,11 +79,16 @@ def run_train(
         except ValueError as error:
             raise ValueError(f"--sweep: {error}") from error
     if dry:
+        for option, place in (("--data", data), ("--eval-data", eval_data)):
+            if place is not None and is_file_place(place) and not Path(place).is_file():
+                raise FileNotFoundError(f"{option}: {place} is missing or not a regular file")
         _print_plan(recipe, fuser_config, facts, data, processes)
         return 0
     if recipe.shard_models and processes == 1:
         raise ValueError("recipe: shard_models needs several processes: start them by torchrun")
     _check_trainable(recipe, output, resume, sweep is not None)
+    if prompt_caches is not None:
+        check_prompt_caches(prompt_caches, SIDES, writes=is_first())
     try:
         setup = load_setup(recipe, receiver, sharer, data, eval_data, prompt_caches)
     except ImportError as error:
@@ -127,6 +134,11 @@ def _print_plan(
     if Path(data).is_file():
         with open(data, "rb") as file:
             samples = sum(bool(line.strip()) for line in file)
+    else:
+        print(
+            f"--data: {data} is no file: the rows of a dataset of the Hub are not counted here",
+            file=sys.stderr,
+        )
     ceilings = dry_run.measured_ceilings(recipe)
     planned = dry_run.plan(
         recipe, config, **facts, samples=samples, processes=processes, ceilings=ceilings
@@ -162,8 +174,8 @@ def _check_trainable(recipe: Recipe, output: str, resume: bool, is_sweep: bool) 
         if name in recipe.report_to and find_spec(name) is None:
             raise ValueError(f"recipe: report_to {name} needs the {name} package, not installed")
     path = Path(output)
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"--output: {path} must be a directory, it is a file")
+    if is_first():
+        check_writable("--output", path)
     held = check_no_run(path, resume)
     others = (*SWEEP_NAMES, CONFIG_NAME, WEIGHTS_NAME)
     if not held and (found := next((n for n in others if (path / n).exists()), None)):

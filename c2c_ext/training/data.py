@@ -117,10 +117,9 @@ def read_conversations(
         FileNotFoundError, ValueError: there is no such file, or it is none that can be read.
         ImportError: a dataset's name without the ``datasets`` library.
     """
-    path = Path(source)
-    if path.exists() or path.suffix in (".jsonl", ".json", ".txt") or len(path.parts) > 2:
-        bad = BadData(str(path), "line", bad_data)
-        records = _lines(path, bad)
+    if is_file_place(source):
+        bad = BadData(str(Path(source)), "line", bad_data)
+        records = _lines(Path(source), bad)
     else:
         bad = BadData(str(source), "row", bad_data)
         records = _rows(str(source), split)
@@ -132,6 +131,12 @@ def read_conversations(
             bad.add(number, str(error))
     bad.kept = len(conversations)
     return conversations, bad
+
+
+def is_file_place(source: str | Path) -> bool:
+    """Whether ``source`` names a file, there or missing, and not a dataset of the Hub."""
+    path = Path(source)
+    return path.suffix in (".jsonl", ".json", ".txt") or len(path.parts) > 2 or path.exists()
 
 
 def file_digest(path: str | Path) -> str:

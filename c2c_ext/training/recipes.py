@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from ..config import FuserConfig
-from ..files import MAX_JSON_BYTES, open_regular
+from ..files import MAX_JSON_BYTES, listed, open_regular
 from ..messages import shown, shown_name
 from .collator import CHAT_TEMPLATES, LABELS, PADDING
 from .data import BAD_DATA
@@ -250,7 +250,7 @@ def load_recipe(place: str | Path) -> Recipe:
     with open_regular(path, MAX_JSON_BYTES) as file:
         text = file.read()
     try:
-        data = yaml.safe_load(text.decode("utf-8"))
+        data = yaml.load(text.decode("utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeError, RecursionError, ValueError) as error:
         what = shown_name(" ".join(str(error).split()), 200)
         raise ValueError(f"{path} is not valid YAML: {what}") from error
@@ -269,9 +269,21 @@ def parse_value(text: str) -> Any:
         ValueError: it is none.
     """
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{shown(text)} is not a value") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which would take the last of several values of a key in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As of any loader; ValueError for a key that is there twice."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({name for name in names if names.count(name) > 1 and name != "<<"})
+        if twice:
+            raise ValueError(f"duplicate keys: {listed(twice)}")
+        return super().construct_mapping(node, deep)
 
 
 def _types() -> dict[str, tuple[Any, ...]]:

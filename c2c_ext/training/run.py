@@ -6,7 +6,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from .collator import ChatCollator, ChatDataset, Encoder
 from .data import file_digest, read_conversations
 from .model import C2CTrainingModel
 from .prompt_cache_writer import write_prompt_caches
-from .prompt_caches import PromptCaches
+from .prompt_caches import PromptCaches, model_hash
 from .recipes import TORCH_DTYPES, Recipe
 
 SIDES = ("receiver", "sharer")
@@ -88,25 +89,30 @@ def load_setup(
     tokenizers = {
         side: _tokenizer(side, p) for side, p in zip(SIDES, (receiver, sharer), strict=True)
     }
-    encoder = Encoder(
-        tokenizers["receiver"],
-        tokenizers["sharer"],
-        max_tokens=recipe.max_tokens,
-        truncate=recipe.truncate,
-        labels=recipe.labels,
-        chat_template=recipe.chat_template,
-    )
+    with _in_options():
+        encoder = Encoder(
+            tokenizers["receiver"],
+            tokenizers["sharer"],
+            max_tokens=recipe.max_tokens,
+            truncate=recipe.truncate,
+            labels=recipe.labels,
+            chat_template=recipe.chat_template,
+        )
     train = _dataset(recipe, data, encoder, "--data")
-    fixed: dict[str, Any] = {"data": file_digest(data) if Path(data).is_file() else data}
+    fixed: dict[str, Any] = {"data": _identity(data), "eval_data": None}
     evaluation = None
     if eval_data is not None:
         evaluation = _dataset(recipe, eval_data, encoder, "--eval-data").numbered_apart()
+        fixed["eval_data"] = _identity(eval_data)
     elif recipe.eval_part:
         train, evaluation = _split(train, recipe)
     pad = tokenizers["receiver"].pad_token_id or 0
     collator = ChatCollator(pad, tokenizers["sharer"].pad_token_id or 0, padding=recipe.padding)
     dtype = TORCH_DTYPES[recipe.dtype]
     models = [_model(side, p, dtype) for side, p in zip(SIDES, (receiver, sharer), strict=True)]
+    # Not their names: a model may be moved, and another one have its name.
+    for side, model in zip(SIDES, models, strict=True):
+        fixed[f"hash of the {side}'s configuration and weights"] = model_hash(model)
     names = {"receiver": receiver, "sharer": sharer, "data": data}
     setup = Setup(*models, train, evaluation, collator, fixed, names)
     if prompt_caches is not None:
@@ -301,12 +307,38 @@ def _dataset(recipe: Recipe, source: str, encoder: Encoder, option: str) -> Chat
         )
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{option}: {str(error).removeprefix('c2c_ext: ')}") from error
-    dataset = ChatDataset(conversations, bad, encoder)
+    with _in_options():
+        dataset = ChatDataset(conversations, bad, encoder)
     if is_first():
         print(bad.summary(), file=sys.stderr)
         for line in bad.lines():
             print(f"  {line}", file=sys.stderr)
+        if (unknown := dataset.unknown).tokens:
+            print(
+                f"  warning: {unknown.tokens} tokens of {unknown.samples} conversations are "
+                f"{encoder.receiver.unk_token}, which stands for text that the receiver's "
+                f"tokenizer does not know; {unknown.learnt} of them are learnt as responses "
+                f"(first: {bad.unit} {unknown.first})",
+                file=sys.stderr,
+            )
     return dataset
+
+
+def _identity(source: str) -> str:
+    """What tells data from other data: a file's hash, a dataset's name."""
+    return file_digest(source) if Path(source).is_file() else source
+
+
+@contextmanager
+def _in_options() -> Iterator[None]:
+    """Errors within it speak of the command's options where they spoke of keywords."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error).replace("bad_data='skip'", "--bad-data skip")
+        raise ValueError(
+            re.sub(r"\b(labels|chat_template)='(\w+)'", r"--set \1=\2", text)
+        ) from error
 
 
 def _split(dataset: ChatDataset, recipe: Recipe) -> tuple[ChatDataset, ChatDataset]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from ..config import FuserConfig
 from ..fuser import Fuser
 from .arguments import mixed_precision
 from .checkpoint import (
     TRAINER_STATE_NAME,
+    OtherRunError,
     TrainingState,
     check_checkpoint,
     checkpoint_path,
@@ -131,7 +134,9 @@ class C2CTrainer(Trainer):
 
         Raises:
             NonFiniteError: a loss or gradient is NaN or infinite.
-            FileNotFoundError, ValueError: not a checkpoint of this run; says what differs.
+            FileNotFoundError, ValueError: not a whole checkpoint; names the file, and how to go on
+                without it.
+            OtherRunError: a checkpoint of another run; says what differs.
         """
         if self.args.should_save:
             recover(self.args.output_dir)
@@ -267,6 +272,10 @@ class C2CTrainer(Trainer):
         return TrainOutput(self.state.global_step, losses[-1] if losses else float("nan"), {})
 
     def _check(self, place: Path) -> int:
+        with self._reading(place):
+            return self._checked(place)
+
+    def _checked(self, place: Path) -> int:
         step = check_checkpoint(place, self._fixed())
         known = [f.name for f in dataclasses.fields(TrainerState)]
         state = read_trainer_state(place, known)
@@ -283,13 +292,29 @@ class C2CTrainer(Trainer):
             )
         return step
 
+    @contextmanager
+    def _reading(self, place: str | Path) -> Iterator[None]:
+        """Within it, what is wrong with a checkpoint's files comes with the way around it."""
+        try:
+            yield
+        except OtherRunError:
+            raise
+        except (ValueError, OSError) as error:
+            found = checkpoints(self.args.output_dir)
+            before = found[found.index(Path(place)) - 1 :] if Path(place) in found[1:] else ()
+            onward = f"goes on from {before[0].name}" if before else "starts anew"
+            raise type(error)(
+                f"{error}; with {place} moved away, a resumed run {onward}"
+            ) from error
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved = Fuser.from_pretrained(Path(resume_from_checkpoint))
-        own, other = self.fuser.config.to_json(), saved.config.to_json()
+        with self._reading(resume_from_checkpoint):
+            saved = Fuser.from_pretrained(Path(resume_from_checkpoint))
+        own, other = (_nameless(fuser.config).to_json() for fuser in (self.fuser, saved))
         if own != other:
             lines = zip(own.splitlines(), other.splitlines(), strict=False)
             now, was = next(((a.strip(), b.strip()) for a, b in lines if a != b), ("?", "?"))
-            raise ValueError(
+            raise OtherRunError(
                 f"{resume_from_checkpoint} holds a fuser of another configuration: {was}, now {now}"
             )
         self.fuser.load_state_dict(saved.state_dict())
@@ -299,12 +324,15 @@ class C2CTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+            with self._reading(checkpoint):
+                load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and not restore_generators(
-            Path(checkpoint), self.args.process_index
-        ):
+        if checkpoint is None:
+            return
+        with self._reading(checkpoint):
+            restored = restore_generators(Path(checkpoint), self.args.process_index)
+        if not restored:
             warnings.warn(
                 f"{checkpoint} has no generators for process {self.args.process_index}: the run "
                 "goes on, but not bit for bit",
@@ -331,14 +359,23 @@ class C2CTrainer(Trainer):
         return "; ".join(names) or "unknown"
 
 
+def _nameless(config: FuserConfig) -> FuserConfig:
+    """The same between models of no name: a directory may be renamed."""
+    models = {side: getattr(config, side) for side in ("receiver", "sharer")}
+    changes = {side: dataclasses.replace(model, name="") for side, model in models.items()}
+    return dataclasses.replace(config, **changes)
+
+
 class _Watch(TrainerCallback):
     """What `C2CTrainer` does at points of training that have no method of their own."""
 
     def __init__(self, trainer: C2CTrainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         self._trainer.locate_best()
+        # A resumed state brings its own, which would win over what is asked for now.
+        state.compute_steps(args, state.max_steps)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         # After clipping and of the whole step: before anything reaches a parameter.
