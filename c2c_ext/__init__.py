@@ -13,6 +13,7 @@ from .ops import _C
 from .positions import Positions
 
 if TYPE_CHECKING:
+    from .alignment import TokenAligner
     from .generation import attach, attached, detach
 
 try:
@@ -28,6 +29,7 @@ __all__ = [
     "Fuser",
     "FuserConfig",
     "Positions",
+    "TokenAligner",
     "__version__",
     "attach",
     "attached",
@@ -39,9 +41,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # generation.py imports transformers, which takes longer than all of the rest.
+    # These import transformers, which takes longer than all of the rest.
     if name in ("attach", "attached", "detach"):
         from . import generation
 
         return getattr(generation, name)
+    if name == "TokenAligner":
+        from .alignment import TokenAligner
+
+        return TokenAligner
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
