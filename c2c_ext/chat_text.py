@@ -167,7 +167,7 @@ def _rendered(
     except Exception as error:  # a template may raise anything, and says why
         reason = shown_name(" ".join(str(error).split()), 200)
         raise ValueError(
-            f"TokenAligner: the {side}'s chat template refuses it: {reason}"
+            f"TokenAligner: the {side}'s chat template refuses the messages: {reason}"
         ) from error
     try:
         marked = tokenizer.apply_chat_template(

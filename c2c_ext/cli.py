@@ -54,6 +54,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     info.add_argument("--json", metavar="FILE", help="also write the exact numbers to this file")
 
+    align = commands.add_parser(
+        "align", help="how two tokenizers cut a text, and which token goes with which"
+    )
+    align.add_argument("text", metavar="TEXT", help="what both read")
+    for side in ("receiver", "sharer"):
+        align.add_argument(
+            f"--{side}", metavar="DIR", required=True, help=f"the {side}: a directory or a Hub name"
+        )
+    align.add_argument(
+        "--strategy",
+        choices=("span", "first", "longest"),
+        default="span",
+        help="by character spans (default), or re-encoding as published",
+    )
+    align.add_argument(
+        "--chat", action="store_true", help="TEXT is a user's message, in both chat templates"
+    )
+    align.add_argument("--json", metavar="FILE", help="also write tokens and map to this file")
+
     convert = commands.add_parser(
         "convert", help="a fuser from the published research code's format into ours, or back"
     )
@@ -145,6 +164,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             status = run_demo(
                 options.entity, options.ask, rivals=options.rivals, json_path=options.json
+            )
+        elif options.command == "align":
+            from .align_command import run_align
+
+            status = run_align(
+                options.text,
+                options.receiver,
+                options.sharer,
+                strategy=options.strategy,
+                chat=options.chat,
+                json_path=options.json,
             )
         elif options.command == "convert":
             from .convert import run_convert
