@@ -16,8 +16,8 @@ from .fuser import Fuser
 from .fusion_checks import (
     Source,
     check_fuser_device,
-    check_parameters,
     check_fusion,
+    check_parameters,
     checked_sources,
     named,
     window,

@@ -84,7 +84,7 @@ def test_a_token_has_the_colour_of_what_it_maps_to(
     own, other = terminal.text.splitlines()[1], terminal.text.splitlines()[4]
     colours = re.compile(r"\x1b\[30;(\d+)m([^\x1b]+)\x1b\[0m")
     by_text = {text: colour for colour, text in colours.findall(other)}
-    assert dict((t, c) for c, t in colours.findall(own)) == {
+    assert {t: c for c, t in colours.findall(own)} == {
         "ab": by_text["b"],
         "😀": by_text["😀"],
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,18 +13,13 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 
-from ..files import listed, write_atomically
+from ..files import write_atomically
 from ..fuser import Fuser
 from ..info import format_bytes
-from ..messages import shown_name
 from ..model_card import HUB_ID, CardInfo
+from ..model_files import load_model, load_tokenizer
 from .arguments import training_arguments
 from .cached_collator import CachedCollator, prompts_of
 from .checkpoint import checkpoints
@@ -37,7 +31,6 @@ from .prompt_caches import PromptCaches, model_hash
 from .recipes import TORCH_DTYPES, Recipe
 
 SIDES = ("receiver", "sharer")
-TOKENIZER_FILE = re.compile("tokenizer|vocab|merges|spiece|sentencepiece")
 RECIPE_NAME = "recipe.yaml"
 LOG_NAME = "training_log.json"
 # What a run may be resumed with other values of: none of it changes what is computed.
@@ -87,7 +80,8 @@ def load_setup(
             loaded.
     """
     tokenizers = {
-        side: _tokenizer(side, p) for side, p in zip(SIDES, (receiver, sharer), strict=True)
+        side: load_tokenizer(f"--{side}", place)
+        for side, place in zip(SIDES, (receiver, sharer), strict=True)
     }
     with _in_options():
         encoder = Encoder(
@@ -109,7 +103,10 @@ def load_setup(
     pad = tokenizers["receiver"].pad_token_id or 0
     collator = ChatCollator(pad, tokenizers["sharer"].pad_token_id or 0, padding=recipe.padding)
     dtype = TORCH_DTYPES[recipe.dtype]
-    models = [_model(side, p, dtype) for side, p in zip(SIDES, (receiver, sharer), strict=True)]
+    models = [
+        load_model(f"--{side}", place, dtype)
+        for side, place in zip(SIDES, (receiver, sharer), strict=True)
+    ]
     # Not their names: a model may be moved, and another one have its name.
     for side, model in zip(SIDES, models, strict=True):
         fixed[f"hash of the {side}'s configuration and weights"] = model_hash(model)
@@ -226,33 +223,6 @@ def check_no_run(output: Path, resume: bool) -> list[str]:
             f"--output: {output} holds a training run ({held[0]}); --resume goes on with it"
         )
     return held
-
-
-def _tokenizer(side: str, place: str) -> PreTrainedTokenizerBase:
-    try:
-        # Asked first: transformers 5.0 makes one up where there is none.
-        if Path(place).is_dir() and not any(map(TOKENIZER_FILE.match, os.listdir(place))):
-            raise FileNotFoundError("there is no tokenizer file")
-        return AutoTokenizer.from_pretrained(place)
-    except Exception as error:  # transformers raises errors of many kinds
-        text = shown_name(" ".join(str(error).split()), 300)
-        raise ValueError(f"--{side}: {place} has no tokenizer that can be read: {text}") from error
-
-
-def _model(side: str, place: str, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, output_loading_info=True
-        )
-    except Exception as error:  # of many kinds, from transformers and safetensors
-        text = shown_name(" ".join(str(error).split()), 300)
-        raise ValueError(f"--{side}: the model in {place} cannot be loaded: {text}") from error
-    if missing := loading["missing_keys"]:  # random values: nothing to learn from
-        raise ValueError(
-            f"--{side}: the model in {place} lacks {len(missing)} of the weights that its "
-            f"config.json speaks of: {listed(missing)}"
-        )
-    return model
 
 
 def _prompt_caches(setup: Setup, recipe: Recipe, directory: Path) -> dict[str, PromptCaches]:
