@@ -150,6 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("--quick", action="store_true", help="a tiny shape, in seconds")
     bench.add_argument("--json", metavar="FILE", help="also write the exact numbers to this file")
 
+    chat = commands.add_parser(
+        "chat", help="talk to two models in the terminal, alone and together (docs/chat.md)"
+    )
+    _add_chat_options(chat)
+
     options = parser.parse_args(arguments)
     if options.command is None and not options.version:
         parser.error("a command is needed: " + ", ".join(commands.choices))
@@ -210,6 +215,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = run_bench(
                 options.tokens, options.dtype, quick=options.quick, json_path=options.json
             )
+        elif options.command == "chat":
+            from .chat.command import run_chat
+
+            given = {k: v for k, v in vars(options).items() if k not in ("command", "version")}
+            status = run_chat(**given)
         else:
             from .info import run_info
 
@@ -238,6 +248,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
             hint = "; --resume goes on from the last checkpoint in " + options.output
             print(f"c2c train: stopped{hint if there else ''}", file=sys.stderr)
         return 130
+
+
+def _add_chat_options(chat: argparse.ArgumentParser) -> None:
+    for side in ("receiver", "sharer", "fuser"):
+        chat.add_argument(
+            f"--{side}", metavar="DIR", help=f"the {side}: a directory or a Hub name (shipped pair)"
+        )
+    chat.add_argument(
+        "--mode",
+        choices=("receiver", "sharer", "t2t", "c2c", "all"),
+        default="c2c",
+        help="who answers (c2c); all: side by side",
+    )
+    chat.add_argument("--max-new-tokens", metavar="N", type=int, help="of an answer (256)")
+    chat.add_argument(
+        "--temperature", metavar="T", type=float, default=0.0, help="0 (default): greedy"
+    )
+    chat.add_argument(
+        "--t2t-tokens", metavar="N", type=int, help="that the sharer may write in mode t2t (128)"
+    )
+    chat.add_argument(
+        "--t2t-prompt", metavar="TEXT", help="what it is asked for, with {question} in it"
+    )
+    chat.add_argument("--system", metavar="TEXT", default="", help="a system message")
+    chat.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="of both models (auto: as stored)",
+    )
+    chat.add_argument("--device", metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1 ...")
 
 
 if __name__ == "__main__":
