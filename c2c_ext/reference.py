@@ -140,24 +140,16 @@ def fuse_stream(
         ``[B, Ht, N, Dt]``.
     """
     batch, heads, tokens, dim = base.shape
-    s, t = _flatten_heads(sharer), _flatten_heads(base)
-    reads_both = config.reads == "both"
-    read = torch.cat([s, t], dim=-1) if reads_both else s
+    read, z = _hidden(w, sharer, base, config, dropout, mapped)
     weighting: Tensor | float = 1.0
-    if w.shared is None:
+    if z is None:
         p = read
     else:
-        if w.attention is None:
-            z = F.linear(read, w.in_weight, w.in_bias)
-        else:
-            z = attend(s, t if reads_both else None, w, config.attention_heads, mapped)
-        p = z = feed_forward(z, w.shared, config.activation, dropout)
+        p = z
         for block in w.proj:
             p = feed_forward(p, block, config.activation, dropout)
         if w.weight is not None:
-            a = feed_forward(z, w.weight, config.activation, dropout)
-            weighting = torch.sigmoid(F.linear(a, w.head_weight, w.head_bias))  # [B, N, Ht]
-            weighting = weighting.transpose(1, 2).unsqueeze(-1)
+            weighting = dynamic_weighting(w, z, config, dropout).unsqueeze(-1)
     projected = F.linear(p, w.out_weight, w.out_bias)
     projected = projected.view(batch, tokens, heads, dim).transpose(1, 2)
     if config.integration == "residual":
@@ -165,6 +157,42 @@ def fuse_stream(
     if config.integration == "interpolation":
         return base + gate * weighting * (projected - base)
     return (1 - gate) * base + gate * weighting * projected
+
+
+def dynamic_weighting(
+    w: StreamWeights, z: Tensor, config: FuserConfig, dropout: float = 0.0
+) -> Tensor:
+    """How much of the projection is added: one number in (0, 1) per receiver head and token.
+
+    Args:
+        w: a stream's weights, with a weighting.
+        z: ``[B, N, hidden]``, the stream's state after its shared block.
+        config: which activation.
+        dropout: probability.
+
+    Returns:
+        ``[B, Ht, N]``.
+    """
+    a = feed_forward(z, w.weight, config.activation, dropout)
+    return torch.sigmoid(F.linear(a, w.head_weight, w.head_bias)).transpose(1, 2)
+
+
+def stream_weighting(
+    w: StreamWeights,
+    sharer: Tensor,
+    base: Tensor,
+    config: FuserConfig,
+    mapped: Tensor | None = None,
+) -> Tensor:
+    """`dynamic_weighting` from the caches, as `fuse_stream` takes them; 1 where there is none.
+
+    Returns:
+        ``[B, Ht, N]``.
+    """
+    _, z = _hidden(w, sharer, base, config, 0.0, mapped)
+    if z is None or w.weight is None:
+        return base.new_ones(base.shape[:3])
+    return dynamic_weighting(w, z, config)
 
 
 def soft_gate(logit: Tensor, u: Tensor, temperature: float) -> Tensor:
@@ -209,12 +237,7 @@ def fuse(
     config = fuser.config
     if gates is not None and not config.gate:
         raise ValueError("c2c_ext: gates must not be given for a fuser without gates (gate=False)")
-    weights = {
-        group.place(g): (streams, g)
-        for group in fuser.groups
-        for streams in [group.streams()]
-        for g in range(len(group.layers) * len(group.kinds))
-    }
+    weights = streams_of(fuser)
     fused = []
     for layer, base_pair in enumerate(receiver_kv):
         source_pair = sharer_kv[config.layer_map[layer]]
@@ -225,7 +248,7 @@ def fuse(
                 continue
             stream, index = weights[layer, kind]
             w = stream(index, base.dtype)
-            aligned, mapped = _align(source, token_map, base)
+            aligned, mapped = align(source, token_map, base)
             gate = base.new_ones(()) if gates is None else gates[layer][KINDS.index(kind)]
             seen = None if mapped is None else mapped[:, 0, :, 0]
             out = fuse_stream(w, aligned, base, gate, config, dropout=dropout, mapped=seen)
@@ -238,7 +261,40 @@ def fuse(
     return fused
 
 
-def _align(source: Tensor, token_map: Tensor | None, base: Tensor) -> tuple[Tensor, Tensor | None]:
+def _hidden(
+    w: StreamWeights,
+    sharer: Tensor,
+    base: Tensor,
+    config: FuserConfig,
+    dropout: float,
+    mapped: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """What a stream reads ``[B, N, width]``, and its state after the shared block, if any."""
+    s, t = _flatten_heads(sharer), _flatten_heads(base)
+    reads_both = config.reads == "both"
+    read = torch.cat([s, t], dim=-1) if reads_both else s
+    if w.shared is None:
+        return read, None
+    if w.attention is None:
+        z = F.linear(read, w.in_weight, w.in_bias)
+    else:
+        z = attend(s, t if reads_both else None, w, config.attention_heads, mapped)
+    return read, feed_forward(z, w.shared, config.activation, dropout)
+
+
+def streams_of(
+    fuser: Fuser,
+) -> dict[tuple[int, str], tuple[Callable[[int, torch.dtype | None], StreamWeights], int]]:
+    """(receiver layer, kind) -> how to get the stream's weights: a function and its argument."""
+    return {
+        group.place(g): (streams, g)
+        for group in fuser.groups
+        for streams in [group.streams()]
+        for g in range(len(group.layers) * len(group.kinds))
+    }
+
+
+def align(source: Tensor, token_map: Tensor | None, base: Tensor) -> tuple[Tensor, Tensor | None]:
     """(sharer tokens gathered by the map [B, Hs, N, Ds], mapped [B, 1, N, 1] or None)."""
     if token_map is None:
         return source, None
