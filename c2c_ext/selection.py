@@ -50,9 +50,12 @@ def spans_of(sharers: Any, sections: Any, batch: int, length: int, count: int) -
         )
     spans, start = [], 0
     for i, section in enumerate(sections):
-        if isinstance(section, str) or not isinstance(section, Sequence) or len(section) != 2:
-            got = f"{len(section)} entries" if isinstance(section, Sequence) else repr(section)
-            raise TypeError(f"c2c_ext: sections[{i}] must be (length, sharers), got {got}")
+        if isinstance(section, str) or not isinstance(section, Sequence):
+            raise TypeError(f"c2c_ext: sections[{i}] must be (length, sharers), got {section!r}")
+        if len(section) != 2:
+            raise TypeError(
+                f"c2c_ext: sections[{i}] must be (length, sharers), got {len(section)} entries"
+            )
         tokens = _integer(f"sections[{i}]'s length", section[0])
         if tokens < 1:
             raise ValueError(f"c2c_ext: sections[{i}]'s length must be at least 1, got {tokens}")

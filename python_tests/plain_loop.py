@@ -53,6 +53,40 @@ def fused_prompt(
 
 
 @torch.no_grad()
+def fused_spans(
+    receiver, sharers, fusers, ids: Tensor, spans, *, mask: Tensor | None = None, fusion="parallel"
+) -> KVLayers:
+    """The receiver's cache of ``ids[:, :-1]``, read and fused span by span with several sharers.
+
+    ``spans``: (tokens, for every row the sharers that it is fused with); the rest is not fused.
+    """
+    n = ids.shape[1] - 1
+    full = _full(ids, mask)[:, :n]
+    shared = [prefill(sharer, ids[:, :n], full) for sharer in sharers]
+    cache, start = DynamicCache(), 0
+    nobody = [[] for _ in ids]
+    for tokens, rows in [*spans, (n - sum(tokens for tokens, _ in spans), nobody)]:
+        end = start + tokens
+        if tokens:
+            _step(receiver, cache, ids[:, start:end], full[:, :end])
+        base = [(key[:, :, start:end], value[:, :, start:end]) for key, value in kv_of(cache)]
+        total = base
+        for k, (fuser, source) in enumerate(zip(fusers, shared, strict=True)):
+            chosen = torch.tensor([k in row for row in rows])[:, None] & full[:, start:end].bool()
+            token_map = torch.arange(start, end).expand_as(chosen).masked_fill(~chosen, -1)
+            read = base if fusion == "parallel" else total
+            out = reference.fuse(read, source, fuser, token_map=token_map)
+            total = [
+                tuple(t + (o - r) for t, o, r in zip(*triple, strict=True))
+                for triple in zip(total, out, read, strict=True)
+            ]
+        for layer, (key, value) in zip(cache.layers, total, strict=True):
+            layer.keys[:, :, start:end], layer.values[:, :, start:end] = key, value
+        start = end
+    return kv_of(cache)
+
+
+@torch.no_grad()
 def read_on(receiver, kv: KVLayers, ids: Tensor, mask: Tensor | None = None) -> KVLayers:
     """``kv`` grown to ``ids[:, :-1]``: what it lacks of them is run over it, unfused."""
     cache, held = cache_of(kv), kv[0][0].shape[2]

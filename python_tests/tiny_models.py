@@ -79,6 +79,16 @@ def trio(kind: str = "qwen3", **changes: object) -> tuple[PreTrainedModel, PreTr
     return receiver, sharer, fuser_between(receiver, sharer)
 
 
+def quintet(
+    kind: str = "qwen3",
+) -> tuple[PreTrainedModel, list[PreTrainedModel], list[Fuser]]:
+    """(receiver, two sharers of different depths, a fuser for each)."""
+    receiver, sharers = receiver_model(kind), [sharer_model(), other_sharer_model()]
+    fusers = [fuser_between(receiver, sharers[0])]
+    fusers.append(fuser_between(receiver, sharers[1], layer_map=[0, 0, 1], depth=3))
+    return receiver, sharers, fusers
+
+
 def receiver_model(kind: str = "qwen3", **changes: object) -> PreTrainedModel:
     """A 3-layer receiver; ``kind`` is a key of `RECEIVERS`."""
     config, own = RECEIVERS[kind]
