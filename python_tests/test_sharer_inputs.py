@@ -8,9 +8,10 @@ import tiny_models
 import torch
 from conftest import same_bits
 from generation_checks import CLOSE, STEPS, VISIBLE, generate, left_padded, logits_of, prompt
+from local_tokenizers import letter_tokenizer, word_tokenizer
 from torch import Tensor
 
-from c2c_ext import reference
+from c2c_ext import TokenAligner, reference
 from c2c_ext.generation import attached
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -232,6 +233,30 @@ def test_a_text_need_not_fit_the_receivers_vocabulary():
     with attached(receiver, sharer, fuser):
         output = generate(receiver, ids, sharer_inputs={"input_ids": text, "token_map": some_map()})
     check((receiver, sharer, fuser), ids, output, kv)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_aligned_batch_generates_as_it_stands(trio, side):
+    receiver, sharer, fuser = trio
+    aligner = TokenAligner(word_tokenizer(), letter_tokenizer())
+    texts = ["w1 w22 w3 w45 w5", "w7 w8", "w60"]
+    aligned = aligner(texts, padding_side=side)
+    with attached(receiver, sharer, fuser):
+        output = generate(receiver, **given(aligned), past_key_values=plain_loop.DynamicCache())
+        width = aligned.receiver["input_ids"].shape[1]
+        for row, text in enumerate(texts):
+            one = generate(receiver, **given(aligner(text)))
+            start = width - one.sequences.shape[1] + STEPS
+            torch.testing.assert_close(logits_of(output)[row], logits_of(one)[0], **CLOSE)
+            assert torch.equal(output.sequences[row, start:], one.sequences[0])
+    unfused = generate(receiver, aligner(texts[0]).receiver["input_ids"])
+    assert (logits_of(unfused)[0, 0] - logits_of(output)[0, 0]).abs().max() > VISIBLE
+
+
+def given(aligned) -> dict:
+    ids, rest = aligned.receiver["input_ids"], dict(aligned.receiver)
+    del rest["input_ids"]
+    return {"ids": ids, **rest, "sharer_inputs": aligned.sharer_inputs}
 
 
 # ---- refusals ------------------------------------------------------------------------------------
