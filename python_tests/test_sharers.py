@@ -294,6 +294,21 @@ def test_sections_match_the_plain_loop(quintet, fusion):
     assert (whole.logits[:, 0] - expected.logits[:, 0]).abs().max() > VISIBLE
 
 
+def test_a_row_that_no_section_selects_is_the_plain_run_split_there(quintet):
+    receiver, sharers, fusers = quintet
+    ids, mask = left_padded((11, 6))
+    nobody = [(4, [[], []]), (3, [[], []])]
+    kv = plain_loop.fused_spans(receiver, [], [], ids, nobody, mask=mask)
+    alone = plain_loop.decode(receiver, kv, ids, STEPS, mask=mask)
+    sections = [(4, [BOTH, []]), (3, [[1], []])]
+    with attached(receiver, sharers, fusers):
+        output = generate(receiver, ids, attention_mask=mask, sections=sections)
+    assert same_bits(logits_of(output)[1], alone.logits[1])
+    clean = [t for pair in alone.kv for t in pair]
+    assert all(same_bits(x[1], y[1]) for x, y in zip(held(output), clean, strict=True))
+    assert (logits_of(output)[0, 0] - alone.logits[0, 0]).abs().max() > VISIBLE
+
+
 def test_a_later_section_reads_the_earlier_ones_as_fused(quintet):
     receiver, sharers, fusers = quintet
     ids = prompt()
