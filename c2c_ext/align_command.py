@@ -15,8 +15,9 @@ from .aligned import Alignment
 from .alignment import TokenAligner
 from .files import write_atomically
 from .info import _checked_target
+from .model_card import HUB_ID
+from .model_files import load_tokenizer
 from .token_spans import TokenSpans
-from .tokenizer_files import load_tokenizer
 
 MAX_CHARACTERS = 1 << 16
 MAX_WIDTH = 32  # of a token in the table
@@ -54,9 +55,11 @@ def run_align(
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"TEXT must have at most {MAX_CHARACTERS} characters, has {len(text)}")
     target = None if json_path is None else _checked_target(json_path)
-    aligner = TokenAligner(
-        load_tokenizer("receiver", receiver), load_tokenizer("sharer", sharer), strategy
-    )
+    places = {"--receiver": receiver, "--sharer": sharer}
+    for option, place in places.items():
+        if not Path(place).is_dir() and (Path(place).exists() or not HUB_ID.fullmatch(place)):
+            raise FileNotFoundError(f"{option}: no model at {place}")
+    aligner = TokenAligner(*(load_tokenizer(*item) for item in places.items()), strategy)
     if chat:
         row = aligner.align_chat([{"role": "user", "content": text}])
     else:

@@ -34,7 +34,7 @@ def load_tokenizer(option: str, place: str) -> PreTrainedTokenizerBase:
         # Asked first: transformers 5.0 makes one up where there is none.
         if Path(place).is_dir() and not any(map(TOKENIZER_FILE.match, os.listdir(place))):
             raise FileNotFoundError("there is no tokenizer file")
-        return AutoTokenizer.from_pretrained(place)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # transformers raises errors of many kinds
         text = shown_name(" ".join(str(error).split()), 300)
         raise ValueError(f"{option}: {place} has no tokenizer that can be read: {text}") from error
@@ -53,7 +53,7 @@ def load_model(option: str, place: str, dtype: torch.dtype | str) -> PreTrainedM
     """
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, output_loading_info=True
+            place, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # of many kinds, from transformers and safetensors
         text = shown_name(" ".join(str(error).split()), 300)

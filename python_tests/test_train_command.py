@@ -28,6 +28,7 @@ from c2c_ext.training.data import read_conversations
 from c2c_ext.training.gates import GateSampler
 from c2c_ext.training.model import C2CTrainingModel
 from c2c_ext.training.recipes import load_recipe
+from c2c_ext.training.run import load_setup
 from c2c_ext.training.trainer import C2CTrainer
 
 SETTINGS = {
@@ -501,14 +502,35 @@ def test_bad_input_is_one_clear_error(
     assert not (tmp_path / "x").exists()
 
 
-def test_models_must_read_the_same_tokens(
+def test_models_of_different_tokenizers_are_trained_on_aligned_tokens(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     other = tmp_path / "sharer"
     shutil.copytree(place / "sharer", other)
     letter_tokenizer().save_pretrained(other)
-    assert train(place, tmp_path / "x", "--sharer", str(other)) == 2
-    assert "the tokenizers differ: " in capsys.readouterr().err
+    options = ("--sharer", str(other), "--set", "max_steps=30", "lr=0.05", "log_steps=10")
+    assert train(place, tmp_path / "x", *options) == 0
+    assert re.search(r"^the tokenizers differ in \d+ tokens: each", capsys.readouterr().err, re.M)
+    log = json.loads((tmp_path / "x" / "training_log.json").read_text())["log"]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1, losses
+    setup = load_setup(
+        load_recipe(place / "recipe.yaml"),
+        *(str(place / "receiver"), str(other), str(place / "talks.jsonl")),
+    )
+    batch = setup.collator([setup.train.samples[0]])
+    #                               <s> <user> w0 w1 </s> w0 <bot>, then the response
+    assert batch["token_map"].tolist() == [[-1, -1, 3, 5, 5, 5, 5, *[-1] * 2]]
+    letters = letter_tokenizer().convert_ids_to_tokens(batch["sharer_input_ids"][0].tolist())
+    assert " ".join(letters) == "<s> <user> w 0 w 1 </s> w 0 <bot>"
+    assert setup.fixed["aligner"] == "span"
+
+
+def test_a_model_without_a_tokenizer_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    other = tmp_path / "sharer"
+    shutil.copytree(place / "sharer", other)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (other / name).unlink()
     assert train(place, tmp_path / "x", "--sharer", str(other)) == 2

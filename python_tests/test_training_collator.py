@@ -1,11 +1,10 @@
 """Samples and batches: what is learnt, what is fused, padding, two tokenizers."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from local_tokenizers import letter_tokenizer, turns, word_tokenizer
 
+from c2c_ext import TokenAligner
 from c2c_ext.training.collator import IGNORED, ChatCollator, ChatDataset, Encoder, Sample
 from c2c_ext.training.data import BadData, Conversation
 
@@ -113,8 +112,12 @@ def test_differing_tokenizers_are_refused_without_an_aligner() -> None:
     swapped = word_tokenizer(words=[*word_tokenizer().get_vocab()][-2:])
     with pytest.raises(ValueError, match="the tokenizers differ"):
         Encoder(word_tokenizer(), swapped)
-    with pytest.raises(ValueError, match="aligner: needs the sharer's tokenizer"):
-        Encoder(word_tokenizer(), None, lambda own, other: [])
+    pair = (word_tokenizer(), letter_tokenizer())
+    with pytest.raises(TypeError, match="aligner must be a TokenAligner, got function"):
+        Encoder(*pair, lambda own, other: [])
+    for others in ((pair[0], None), (word_tokenizer(), pair[1])):
+        with pytest.raises(ValueError, match="aligner: must have been made of the same two"):
+            Encoder(*others, TokenAligner(*pair))
 
 
 @pytest.mark.parametrize(
@@ -169,16 +172,58 @@ def test_positions_become_a_mask(padding: str) -> None:
     assert mask[1].nonzero().flatten().tolist() == list(range(whole.prompt_length - 1))
 
 
-def align(receiver_ids: Sequence[int], sharer_ids: Sequence[int]) -> list[int]:
-    return [min(2 * i, len(sharer_ids) - 1) if i else -1 for i in range(len(receiver_ids))]
+def aligned_encoder(strategy: str = "span", **settings: object) -> Encoder:
+    pair = (word_tokenizer(), letter_tokenizer())
+    if settings.get("chat_template") != "plain":
+        pair[1].chat_template = pair[1].chat_template.replace("<s>", "<s> <sys>", 1)
+    return Encoder(*pair, TokenAligner(*pair, strategy), **settings)
 
 
+def mapped(sample: Sample) -> list[tuple[str, str | None]]:
+    own = word_tokenizer().convert_ids_to_tokens(sample.input_ids[: sample.prompt_length].tolist())
+    letters = letter_tokenizer().convert_ids_to_tokens(sample.sharer_ids.tolist())
+    places = sample.token_map.tolist()
+    return [(t, letters[p] if p >= 0 else None) for t, p in zip(own, places, strict=True)]
+
+
+def test_an_aligner_gives_the_sharer_its_own_tokens() -> None:
+    sample = aligned_encoder()(conversation("w12 w34", "w3", "w4", "w5"))
+    letters = letter_tokenizer().convert_ids_to_tokens(sample.sharer_ids.tolist())
+    assert " ".join(letters) == (
+        "<s> <sys> <user> w 1 2 w 3 4 </s> w 0 <bot> w 3 </s> w 0 <user> w 4 </s> w 0 <bot>"
+    )
+    glue = ("</s>", "w0", "<bot>")
+    assert mapped(sample) == [
+        *[("<s>", None), ("<user>", None), ("w12", "2"), ("w34", "4"), *((t, "4") for t in glue)],
+        *[("w3", "3"), ("</s>", "3"), ("w0", "3"), ("<user>", "3")],
+        *[("w4", "4"), *((t, "4") for t in glue)],
+    ]
+    assert sample.token_map[2:4].tolist() == [5, 8]
+    # What is learnt is what it is without a sharer of other tokens.
+    alone = Encoder(word_tokenizer())(conversation("w12 w34", "w3", "w4", "w5"))
+    assert sample.input_ids.equal(alone.input_ids) and sample.labels.equal(alone.labels)
+
+
+def test_an_aligner_reads_plain_text_too() -> None:
+    sample = aligned_encoder(chat_template="plain")(conversation("w12 w3", "w4", "w5", "w6"))
+    assert mapped(sample) == [("w12", "2"), ("w3", "3"), ("w4", "4"), ("</s>", "4"), ("w5", "5")]
+
+
+def test_an_aligner_may_re_encode_as_published() -> None:
+    sample = aligned_encoder("first")(conversation("w12 w34", "w3"))
+    letters = letter_tokenizer().convert_ids_to_tokens(sample.sharer_ids.tolist())
+    assert " ".join(letters) == "<s> <sys> <user> w w </s> w 0 <bot>"
+    assert sample.token_map.tolist() == [-1, -1, 3, 4, -1, -1, -1]
+
+
+@pytest.mark.parametrize("labels", ["last", "all"])
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_an_aligner_gives_the_sharer_its_own_tokens(padding: str) -> None:
-    encoder = Encoder(word_tokenizer(), letter_tokenizer(), align)
-    samples = [encoder(conversation("w1", "w2")), encoder(conversation("w12 w34", "w3"))]
-    letters = letter_tokenizer().convert_ids_to_tokens(samples[0].sharer_ids.tolist())
-    assert letters == ["<s>", "<user>", "w", "1", "</s>", "w", "0", "<bot>"]
+def test_maps_move_with_the_padding(padding: str, labels: str) -> None:
+    encoder = aligned_encoder(labels=labels)
+    samples = [
+        encoder(conversation("w1", "w2")),
+        encoder(conversation("w12 w34", "w3", "w4", "w5")),
+    ]
     batch = batch_of(padding, *samples)
     sharer, mask = batch["sharer_input_ids"], batch["sharer_attention_mask"]
     assert batch["token_map"].shape == batch["input_ids"].shape
@@ -186,23 +231,17 @@ def test_an_aligner_gives_the_sharer_its_own_tokens(padding: str) -> None:
     for row, sample in enumerate(samples):
         own = batch["attention_mask"][row].bool()
         places = batch["token_map"][row][own]
-        expected = align(sample.input_ids[: sample.prompt_length], sample.sharer_ids)
         picked = [-1 if p < 0 else int(sharer[row, p]) for p in places]
-        wanted = [-1 if p < 0 else int(sample.sharer_ids[p]) for p in expected]
+        wanted = [-1 if p < 0 else int(sample.sharer_ids[p]) for p in sample.token_map]
+        assert max(wanted) > 0
         assert picked == wanted + [-1] * (len(picked) - len(wanted))
         assert (batch["token_map"][row][~own] == -1).all()
 
 
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (lambda own, other: [0], r"must give a place for each of 6 receiver tokens, got shape \[1"),
-        (lambda own, other: [99] * len(own), r"places must be in -1..7, got 99..99"),
-    ],
-)
-def test_a_wrong_aligner_is_named(answer: object, message: str) -> None:
-    encoder = Encoder(word_tokenizer(), letter_tokenizer(), answer)
-    with pytest.raises(ValueError, match=f"aligner: .*{message}"):
+def test_a_prompt_that_cannot_be_aligned_is_named() -> None:
+    encoder = aligned_encoder()
+    encoder.sharer.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"messages\[0\] \(user\) is not in what the sharer's"):
         encoder(conversation("w1", "w2"))
 
 

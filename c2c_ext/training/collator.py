@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..alignment import TokenAligner
+from ..chat_text import plain_text, render, render_plain
 from ..messages import shown, shown_name
 from .data import BadData, Conversation
 
@@ -19,14 +21,6 @@ IGNORED = -100  # the label of what is not learnt, as transformers has it
 CHAT_TEMPLATES = ("tokenizer", "plain")
 LABELS = ("last", "all")
 PADDING = ("right", "left")
-
-
-class Aligner(Protocol):
-    """Which sharer token goes with which receiver token, when the two tokenizers differ."""
-
-    def __call__(self, receiver_ids: Sequence[int], sharer_ids: Sequence[int]) -> Sequence[int]:
-        """For every receiver token of a prompt the place of a sharer token, or -1 for none."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ class Encoder:
     Args:
         receiver_tokenizer: the receiver's; its chat template is used.
         sharer_tokenizer: the sharer's. None: it is the same, the caller made sure.
-        aligner: see `Aligner`.
+        aligner: of these two tokenizers.
         max_tokens: the longest sample, prompt and response.
         truncate: whether a response that is too long is cut; otherwise the sample is refused.
             A prompt that leaves no room for a response always is.
@@ -83,7 +77,7 @@ class Encoder:
         self,
         receiver_tokenizer: PreTrainedTokenizerBase,
         sharer_tokenizer: PreTrainedTokenizerBase | None = None,
-        aligner: Aligner | None = None,
+        aligner: TokenAligner | None = None,
         *,
         max_tokens: int = 2048,
         truncate: bool = False,
@@ -100,8 +94,12 @@ class Encoder:
             raise ValueError(
                 f"max_tokens must be an integer of at least 3, got {shown(max_tokens)}"
             )
-        if aligner is not None and sharer_tokenizer is None:
-            raise ValueError("aligner: needs the sharer's tokenizer, got sharer_tokenizer=None")
+        if aligner is not None and not isinstance(aligner, TokenAligner):
+            raise TypeError(f"aligner must be a TokenAligner, got {type(aligner).__name__}")
+        if aligner is not None and (
+            aligner.receiver is not receiver_tokenizer or aligner.sharer is not sharer_tokenizer
+        ):
+            raise ValueError("aligner: must have been made of the same two tokenizers")
         if aligner is None and sharer_tokenizer is not None:
             check_same_tokens(receiver_tokenizer, sharer_tokenizer)
         self.receiver, self.sharer, self.aligner = receiver_tokenizer, sharer_tokenizer, aligner
@@ -139,7 +137,7 @@ class Encoder:
             )
         sharer_ids = token_map = None
         if self.aligner is not None:
-            sharer_ids, token_map = self._align(messages, learnt[0], ids[:prompt])
+            sharer_ids, token_map = self._align(messages[: learnt[0]], ids[:prompt])
         ids, labels = ids[: self.max_tokens], labels[: self.max_tokens]
         return Sample(
             torch.tensor(ids, dtype=torch.int32),
@@ -195,11 +193,7 @@ class Encoder:
 
     def _text(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict], prompt: bool) -> str:
         if self.plain:
-            end = tokenizer.eos_token or "\n"
-            return "".join(
-                message["content"] + (end if message["role"] == "assistant" else "\n")
-                for message in messages
-            )
+            return plain_text(tokenizer, messages)
         try:
             return tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=prompt
@@ -212,43 +206,50 @@ class Encoder:
         # A template writes its special tokens itself, plain text gets the tokenizer's.
         return list(tokenizer(text, add_special_tokens=self.plain)["input_ids"])
 
-    def _align(
-        self, messages: list[dict], turn: int, receiver_ids: list[int]
-    ) -> tuple[Tensor, Tensor]:
-        text = self._text(self.sharer, messages[:turn], prompt=True)
-        sharer_ids = self._ids(self.sharer, text)
-        if not sharer_ids:
+    def _align(self, messages: list[dict], receiver_ids: list[int]) -> tuple[Tensor, Tensor]:
+        """What the sharer reads of a prompt, and the map to it."""
+        if self.plain:
+            sides = [
+                render_plain(tokenizer, messages) for tokenizer in (self.receiver, self.sharer)
+            ]
+        else:
+            sides = [
+                render(tokenizer, side, messages, add_generation_prompt=True)
+                for side, tokenizer in (("receiver", self.receiver), ("sharer", self.sharer))
+            ]
+        aligned = self.aligner.align_rendered(*sides)
+        if aligned.receiver_ids != receiver_ids:
+            raise ValueError("the receiver's chat template renders the prompt in several ways")
+        if not aligned.sharer_ids:
             raise ValueError("the prompt has no tokens for the sharer")
-        token_map = torch.as_tensor(self.aligner(receiver_ids, sharer_ids), dtype=torch.int64)
-        if token_map.shape != (len(receiver_ids),):
-            raise ValueError(
-                f"aligner: must give a place for each of {len(receiver_ids)} receiver tokens, "
-                f"got shape {list(token_map.shape)}"
-            )
-        if not bool(((token_map >= -1) & (token_map < len(sharer_ids))).all()):
-            raise ValueError(
-                f"aligner: places must be in -1..{len(sharer_ids) - 1}, got "
-                f"{int(token_map.min())}..{int(token_map.max())}"
-            )
-        return torch.tensor(sharer_ids, dtype=torch.int32), token_map.to(torch.int32)
+        return tuple(
+            torch.tensor(values, dtype=torch.int32)
+            for values in (aligned.sharer_ids, aligned.token_map)
+        )
 
 
 def check_same_tokens(
     receiver_tokenizer: PreTrainedTokenizerBase, sharer_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Raises ValueError, naming a token, unless both tokenizers give their tokens the same ids."""
+    if differing := differing_tokens(receiver_tokenizer, sharer_tokenizer):
+        example = differing[0]
+        own, other = (t.get_vocab().get(example) for t in (receiver_tokenizer, sharer_tokenizer))
+        raise ValueError(
+            f"the tokenizers differ: {len(differing)} tokens have another id in one of them or "
+            f"none ({shown(example)}: {own} for the receiver, {other} for the sharer); without an "
+            "aligner both models must read the same token ids"
+        )
+
+
+def differing_tokens(
+    receiver_tokenizer: PreTrainedTokenizerBase, sharer_tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """The tokens, sorted, that have another id in one of the tokenizers than in the other."""
     own, other = receiver_tokenizer.get_vocab(), sharer_tokenizer.get_vocab()
     if own == other:
-        return
-    differing = sorted(
-        token for token in own.keys() | other.keys() if own.get(token) != other.get(token)
-    )
-    example = differing[0]
-    raise ValueError(
-        f"the tokenizers differ: {len(differing)} tokens have another id in one of them or none "
-        f"({shown(example)}: {own.get(example)} for the receiver, {other.get(example)} for the "
-        "sharer); without an aligner both models must read the same token ids"
-    )
+        return []
+    return sorted(t for t in own.keys() | other.keys() if own.get(t) != other.get(t))
 
 
 @dataclass

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..alignment import TokenAligner
 from ..files import write_atomically
 from ..fuser import Fuser
 from ..info import format_bytes
@@ -24,7 +25,7 @@ from ..model_files import load_model, load_tokenizer
 from .arguments import training_arguments
 from .cached_collator import CachedCollator, prompts_of
 from .checkpoint import checkpoints
-from .collator import ChatCollator, ChatDataset, Encoder
+from .collator import ChatCollator, ChatDataset, Encoder, differing_tokens
 from .data import file_digest, read_conversations
 from .model import C2CTrainingModel
 from .prompt_cache_writer import write_prompt_caches
@@ -77,17 +78,19 @@ def load_setup(
         prompt_caches: a directory of what both models prefill; made if it is not there.
 
     Raises:
-        ValueError, OSError, ImportError: bad data, differing tokenizers, a model that cannot be
-            loaded.
+        ValueError, OSError, ImportError: bad data, tokenizers that differ and cannot be aligned, a
+            model that cannot be loaded.
     """
     tokenizers = {
         side: load_tokenizer(f"--{side}", place)
         for side, place in zip(SIDES, (receiver, sharer), strict=True)
     }
     with _in_options():
+        aligner = _aligner(tokenizers)
         encoder = Encoder(
             tokenizers["receiver"],
             tokenizers["sharer"],
+            aligner,
             max_tokens=recipe.max_tokens,
             truncate=recipe.truncate,
             labels=recipe.labels,
@@ -95,6 +98,8 @@ def load_setup(
         )
     train = _dataset(recipe, data, encoder, "--data")
     fixed: dict[str, Any] = {"data": _identity(data), "eval_data": None}
+    if aligner is not None:
+        fixed["aligner"] = aligner.strategy
     evaluation = None
     if eval_data is not None:
         evaluation = _dataset(recipe, eval_data, encoder, "--eval-data").numbered_apart()
@@ -118,6 +123,21 @@ def load_setup(
         setup.collator = CachedCollator(collator, **caches)
         fixed["prompt_caches"] = True
     return setup
+
+
+def _aligner(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> TokenAligner | None:
+    """For tokenizers that differ; None: both models read the receiver's tokens."""
+    own, other = (tokenizers[side] for side in SIDES)
+    differing = differing_tokens(own, other)
+    if not differing:
+        return None
+    if is_first():
+        print(
+            f"the tokenizers differ in {len(differing)} tokens: each model reads its own, aligned "
+            "by character spans (docs/alignment.md)",
+            file=sys.stderr,
+        )
+    return TokenAligner(own, other)
 
 
 def new_fuser(recipe: Recipe, receiver_config: Any, sharer_config: Any) -> Fuser:
