@@ -8,20 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from .messages import shown
+from .unsupported import layer_kinds, reasons_against
 
 # Bounds on what a configuration may ask for: a file from a stranger must not be able to make the
 # loader allocate without limit. Far above any published model.
 MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 18
 MAX_NAME = 256
-# Encoders that transformers also offers with a language-model head: decoders only where the
-# configuration says so, their tokens see one another in both directions otherwise.
-ENCODER_TYPES = frozenset(
-    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert "
-    "roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod".split()
-)
-# Language models whose forward fills no cache that it is given.
-CACHELESS_TYPES = frozenset({"openai-gpt", "reformer", "xlm", "xlnet"})
 
 
 class UnsupportedModelError(ValueError):
@@ -99,45 +92,20 @@ class ModelKV:
         )
         model_type = str(getattr(text, "model_type", "") or "")
         where = f"c2c_ext: model type {model_type!r}"
-        reasons = []
-        if getattr(config, "is_encoder_decoder", False):
-            reasons.append(f"{where} is an encoder-decoder model, not a decoder-only one")
-        if model_type in ENCODER_TYPES and not getattr(text, "is_decoder", False):
-            reasons.append(f"{where} is an encoder (is_decoder is false), not a decoder-only model")
-        if model_type in CACHELESS_TYPES:
-            reasons.append(f"{where} fills no cache of keys and values")
-        if getattr(text, "kv_lora_rank", None):
-            reasons.append(
-                f"{where} uses multi-head latent attention (kv_lora_rank={text.kv_lora_rank}): "
-                "its cache holds no plain keys and values"
-            )
-        if getattr(text, "num_kv_shared_layers", 0):
-            reasons.append(
-                f"{where} shares the cache of some layers with others "
-                f"(num_kv_shared_layers={text.num_kv_shared_layers}): not supported"
-            )
-        layer_types = getattr(text, "layer_types", None) or []
-        first_layer: dict[str, int] = {}
-        for i, kind in enumerate(map(str, layer_types)):
-            if "attention" not in kind or "linear" in kind:
-                first_layer.setdefault(kind, i)
-        reasons += [
-            f"{where}: layer {i} is a {kind!r} layer, which keeps no keys and values"
-            for kind, i in first_layer.items()
-        ]
+        reasons = [where + reason for reason in reasons_against(config, text)]
         if reasons:
             raise UnsupportedModelError(*reasons)
-        num_layers = getattr(text, "num_hidden_layers", None)
+        num_layers = _number(text, "layers", "num_hidden_layers")
         if not isinstance(num_layers, int) or not 1 <= num_layers <= MAX_LAYERS:
             raise ValueError(
                 f"{where}: num_hidden_layers must be in 1..{MAX_LAYERS}, got {shown(num_layers)}"
             )
-        layer_types = layer_types or ["full_attention"] * num_layers
+        layer_types = layer_kinds(text) or ["full_attention"] * num_layers
         if len(layer_types) < num_layers:
             raise ValueError(
                 f"{where}: layer_types must have {num_layers} entries, got {len(layer_types)}"
             )
-        shapes = [_layer_kv_shape(text, i, str(layer_types[i]), where) for i in range(num_layers)]
+        shapes = [_layer_kv_shape(text, i, layer_types[i], where) for i in range(num_layers)]
         name = str(getattr(config, "_name_or_path", "") or "")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             name = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
@@ -194,6 +162,20 @@ class ModelKV:
         return cls(data.get("model_type", ""), data.get("name", ""), tuple(shapes))
 
 
+def _number(text: Any, decoders: str, usual: str) -> Any:
+    """A number of a configuration; where it is of an encoder-decoder's decoder alone, of that.
+
+    Args:
+        decoders: the name after ``decoder_`` or ``num_decoder_``; ``usual`` then tells of the
+            encoder (BartForCausalLM and the like).
+    """
+    if getattr(text, "is_decoder", False):
+        for name in (f"decoder_{decoders}", f"num_decoder_{decoders}"):
+            if number := getattr(text, name, None):
+                return number
+    return getattr(text, usual, None)
+
+
 def _layer_kv_shape(text: Any, layer: int, layer_type: str, where: str) -> KVShape:
     per_layer = getattr(text, "per_layer_config", None)
     config = per_layer[layer] if per_layer is not None else text
@@ -201,7 +183,7 @@ def _layer_kv_shape(text: Any, layer: int, layer_type: str, where: str) -> KVSha
     if not heads and getattr(config, "multi_query", False):
         # Falcon: the new architecture repeats its key-value heads before it caches them.
         heads = None if getattr(config, "new_decoder_architecture", False) else 1
-    heads = heads or getattr(config, "num_attention_heads", None)
+    heads = heads or _number(config, "attention_heads", "num_attention_heads")
     dim = getattr(config, "head_dim", None)
     if per_layer is None and layer_type == "full_attention":
         # Gemma 4 before per_layer_config existed: global layers have their own numbers.
@@ -209,7 +191,7 @@ def _layer_kv_shape(text: Any, layer: int, layer_type: str, where: str) -> KVSha
         heads = getattr(text, "num_global_key_value_heads", None) or heads
     if dim is None:
         hidden = getattr(config, "hidden_size", None)
-        attention_heads = getattr(config, "num_attention_heads", None)
+        attention_heads = _number(config, "attention_heads", "num_attention_heads")
         if not hidden or not attention_heads:
             raise UnsupportedModelError(
                 f"{where}: layer {layer} has neither head_dim nor hidden_size / num_attention_heads"

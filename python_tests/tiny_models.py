@@ -92,18 +92,18 @@ def quintet(
 def receiver_model(kind: str = "qwen3", **changes: object) -> PreTrainedModel:
     """A 3-layer receiver; ``kind`` is a key of `RECEIVERS`."""
     config, own = RECEIVERS[kind]
-    return _model(config(**{**_COMMON, **_RECEIVER, **own, **changes}), seed=1)
+    return random_model(config(**{**_COMMON, **_RECEIVER, **own, **changes}), seed=1)
 
 
 def falcon_model(**changes: object) -> PreTrainedModel:
     """A 2-layer Falcon, by default with one key-value head for four attention heads."""
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return _model(FalconConfig(**{**_COMMON, **shape, **changes}), seed=5)
+    return random_model(FalconConfig(**{**_COMMON, **shape, **changes}), seed=5)
 
 
 def sharer_model(**changes: object) -> PreTrainedModel:
     """A 5-layer Llama sharer."""
-    return _model(LlamaConfig(**{**_COMMON, **_SHARER, **changes}), seed=2)
+    return random_model(LlamaConfig(**{**_COMMON, **_SHARER, **changes}), seed=2)
 
 
 def other_sharer_model() -> PreTrainedModel:
@@ -113,7 +113,7 @@ def other_sharer_model() -> PreTrainedModel:
         "num_hidden_layers": 2,
     }
     del shape["head_dim"]
-    return _model(Qwen2Config(**_COMMON, **shape), seed=3)
+    return random_model(Qwen2Config(**_COMMON, **shape), seed=3)
 
 
 def fuser_between(receiver: PreTrainedModel, sharer: PreTrainedModel, **changes: object) -> Fuser:
@@ -135,7 +135,8 @@ def close_all_gates(fuser: Fuser) -> None:
             group.gate_logit.zero_()
 
 
-def _model(config: object, seed: int) -> PreTrainedModel:
+def random_model(config: object, seed: int) -> PreTrainedModel:
+    """A model in float32 of random weights so large that every prompt has its own answer."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     # The default initialisation is so small that every prompt gives the same answer.
