@@ -1,4 +1,4 @@
-"""Every causal language model that transformers knows: it works in both roles or is refused by name.
+"""Every causal language model that transformers knows works in both roles or is refused by name.
 
 `tiny_architectures` says which; a type that it does not speak of fails.
 """
@@ -41,9 +41,7 @@ LENGTHS = (8, 5)
 
 def test_every_type_has_one_verdict():
     assert not WORKS & REFUSED.keys()
-    unknown = (
-        set(known_types()) - WORKS - REFUSED.keys() - tiny_architectures.NOT_BUILT_BEFORE.keys()
-    )
+    unknown = set(known_types()) - WORKS - REFUSED.keys() - NOT_BUILT_BEFORE.keys()
     assert not unknown, "say of each in tiny_architectures whether it works or how it is refused"
 
 
