@@ -14,15 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from . import reference
 from .config import FuserConfig
 from .fuser import FuserGroup
 from .model_kv import ModelKV
 from .ops import _C, kernels_missing
 from .packed import VECTORS, fold_stream, sum_dtype, to_panels
 from .parameters import group_parameter_shapes
+from .saved_tensors import saved_per_stream
 from .training_op import saved_bytes
 
 # Of csrc/cpu/fuse_cpu.cpp: more tokens than fit into this are fused in chunks.
@@ -34,7 +33,6 @@ SCRATCH_BYTES_ON_GPU = 64 << 20
 MORE_SCRATCH_BYTES_ON_GPU = 1 << 30
 MAX_STREAMS_ON_GPU = 128
 TRAINING_DTYPE = torch.float32  # of the fuser's parameters, gradients and optimizer state
-TEMPERATURE = 0.5  # of the soft gates; what is saved does not depend on it
 
 Streams = Sequence[tuple[int, str]]  # (receiver layer, kind)
 
@@ -178,7 +176,7 @@ def scratch_bytes(
     would keep of one stream.
     """
     if uncompiled_reason(config, device) is not None:
-        return max(per_stream for _, per_stream in _saved_by_group(config, work, training=False))
+        return max(saved_per_stream(config, work, training=False))
     if device.type == "cuda":
         return _scratch_on_gpu(config, work, open_streams)
     itemsize = sum_dtype(work.dtype).itemsize
@@ -241,9 +239,8 @@ def activation_bytes(
         return 0
     if compiled or (compiled is None and config.uncompiled_reason() is None):
         return work.rows * saved_bytes(config, work.dtype)
-    return sum(
-        streams * per_stream for streams, per_stream in _saved_by_group(config, work, training=True)
-    )
+    groups = zip(config.shape_groups(), saved_per_stream(config, work, training=True), strict=True)
+    return sum(_group_streams(config, layers) * per_stream for layers, per_stream in groups)
 
 
 def inference_memory(
@@ -398,69 +395,3 @@ def _open_groups(
         if count:
             groups.append((layers[0], count, shapes))
     return groups
-
-
-def _saved_by_group(
-    config: FuserConfig, work: Workload, *, training: bool
-) -> list[tuple[int, int]]:
-    """(streams, bytes that autograd keeps of one of them) per shape group.
-
-    The reference itself, run for one stream on the meta device, says what it keeps.
-    """
-    result = []
-    for layers in config.shape_groups():
-        with torch.device("meta"):
-            group = FuserGroup(config, layers)
-        caches = [
-            torch.empty(
-                work.batch, s.num_heads, work.tokens, s.head_dim, dtype=work.dtype, device="meta"
-            )
-            for s in (group.sharer_shape, group.receiver_shape)
-        ]
-        saved = SavedTensors([*group.parameters(), *caches])
-        with saved:
-            gate = torch.ones((), dtype=work.dtype, device="meta")
-            if training and config.gate:
-                noise = torch.empty_like(caches[1][..., :1])
-                gate = reference.soft_gate(group.gate_logit[0], noise, TEMPERATURE)
-            reference.fuse_stream(
-                group.stream(0, dtype=work.dtype),
-                *caches,
-                gate,
-                config,
-                dropout=config.dropout if training else 0.0,
-            )
-        result.append((_group_streams(config, layers), saved.nbytes))
-    return result
-
-
-class SavedTensors:
-    """Counts the bytes of every storage that autograd saves inside ``with``, each once.
-
-    Args:
-        known: tensors whose storages are not counted.
-    """
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        # By storage; kept alive, so that no id is given out twice.
-        self._known = {t.untyped_storage()._cdata: t for t in known}
-        self._saved: dict[int, Tensor] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes counted so far."""
-        return sum(t.untyped_storage().nbytes() for t in self._saved.values())
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in self._known:
-            self._saved[storage] = tensor
-        return tensor
-
-    def __enter__(self) -> SavedTensors:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
