@@ -40,7 +40,7 @@ def test_a_seed_gives_two_models_that_learn_the_same_bits_again(short, tmp_path:
     assert log["seed"] == SEED and log["world"] == w.WORLD_DIGESTS[SEED]
     for name in NAMES:
         losses = [point["loss"] for point in log["training"][name]["curve"]]
-        assert losses[-1] < 0.8 * losses[0]
+        assert losses[-1] < 0.9 * losses[0]
         file = Path(name, "model.safetensors")
         digests = {hashlib.sha256((d / file).read_bytes()).digest() for d in (first, second)}
         assert len(digests) == 1

@@ -101,7 +101,7 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> KV:
 
 
 def continue_from(model: PreTrainedModel, kv: KV, ids: Tensor) -> Tensor:
-    """Logits [B, vocabulary] after token ids [B, N] that follow a cache; gradients flow."""
+    """Logits [B, vocabulary] after token ids [B, N] that follow a cache."""
     cache = DynamicCache()
     for layer, (key, value) in enumerate(kv):
         cache.update(key, value, layer)
