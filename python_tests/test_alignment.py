@@ -279,6 +279,9 @@ class SlowTokenizer(PreTrainedTokenizer):
     def _convert_id_to_token(self, index: int) -> str:
         return chr(97 + index)
 
+    def build_inputs_with_special_tokens(self, ids: list[int], other: object = None) -> list[int]:
+        return ids
+
     def save_vocabulary(self, *args: object, **kwargs: object) -> tuple:
         return ()
 
