@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -153,6 +154,7 @@ def _shares(
     strings = tokenizer.convert_ids_to_tokens([ids[i] for i in involved])
     tokens = dict(zip(involved, strings, strict=True))
     byte_level = is_byte_level(tokenizer)
+    before = [0, *np.cumsum([len(character.encode()) for character in text]).tolist()]  # bytes
     shares: list[float] = []
     for run in np.split(parts, np.flatnonzero(np.diff(parts) > 1) + 1):  # each one is closed by
         run_end = int(stops[run[-1] + 1])  # the token behind it
@@ -162,8 +164,8 @@ def _shares(
             size = _bytes_of(tokens[i + 1], byte_level)
             behind = None if behind is None or size is None else behind + size
             character = int(stops[i]) - 1
-            width = len(text[character].encode())
-            done = -1 if behind is None else len(text[character:run_end].encode()) - behind
+            width = before[character + 1] - before[character]
+            done = -1 if behind is None else before[run_end] - behind - before[character]
             # Out of range where the tokenizer changed the character: it has other bytes then.
             own.append(done / width if 0 <= done < width else np.nan)
         shares += _in_equal_parts(own[::-1], stops[run], [tokens[i] for i in run.tolist()])
@@ -174,15 +176,14 @@ def _in_equal_parts(
     shares: Sequence[float], stops: np.ndarray, tokens: Sequence[str]
 ) -> list[float]:
     """Unknown shares (NaN) of a run's tokens filled in; a prepended space has none of the text."""
-    real = [token != _PREPENDED for token in tokens]
     filled = []
-    for i, share in enumerate(shares):
-        if not real[i]:
-            share = 0.0
-        elif np.isnan(share):
-            here = [j for j in range(len(tokens)) if stops[j] == stops[i] and real[j]]
-            share = (here.index(i) + 1) / (len(here) + 1)
-        filled.append(float(share))
+    for _, group in groupby(range(len(tokens)), key=lambda i: stops[i]):  # of one character
+        group = list(group)
+        real = [i for i in group if tokens[i] != _PREPENDED]
+        equal = {i: (rank + 1) / (len(real) + 1) for rank, i in enumerate(real)}
+        filled += [
+            0.0 if i not in equal else equal[i] if np.isnan(shares[i]) else shares[i] for i in group
+        ]
     return filled
 
 

@@ -209,6 +209,18 @@ def test_an_aligner_reads_plain_text_too() -> None:
     assert mapped(sample) == [("w12", "2"), ("w3", "3"), ("w4", "4"), ("</s>", "4"), ("w5", "5")]
 
 
+def test_a_sharer_without_system_messages_reads_them_in_the_first_message() -> None:
+    encoder = aligned_encoder()
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
+    encoder.sharer.chat_template = refusing + encoder.sharer.chat_template
+    talk = Conversation(tuple(turns("w1", "w2", system="w34")), 1)
+    sample = encoder(talk)
+    letters = letter_tokenizer().convert_ids_to_tokens(sample.sharer_ids.tolist())
+    assert " ".join(letters) == "<s> <sys> <user> w 3 4 w 1 </s> w 0 <bot>"
+    assert mapped(sample)[:3] == [("<s>", None), ("<sys>", None), ("w34", "4")]
+    assert ("w1", "1") in mapped(sample)
+
+
 def test_an_aligner_may_re_encode_as_published() -> None:
     sample = aligned_encoder("first")(conversation("w12 w34", "w3"))
     letters = letter_tokenizer().convert_ids_to_tokens(sample.sharer_ids.tolist())

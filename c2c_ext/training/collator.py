@@ -213,9 +213,13 @@ class Encoder:
                 render_plain(tokenizer, messages) for tokenizer in (self.receiver, self.sharer)
             ]
         else:
+            # The receiver's text is given; the sharer may read a system message where it can.
             sides = [
-                render(tokenizer, side, messages, add_generation_prompt=True)
-                for side, tokenizer in (("receiver", self.receiver), ("sharer", self.sharer))
+                render(tokenizer, side, messages, add_generation_prompt=True, system=system)
+                for side, tokenizer, system in (
+                    ("receiver", self.receiver, "error"),
+                    ("sharer", self.sharer, "merge"),
+                )
             ]
         aligned = self.aligner.align_rendered(*sides)
         if aligned.receiver_ids != receiver_ids:
