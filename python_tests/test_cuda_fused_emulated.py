@@ -164,6 +164,14 @@ def test_one_odd_size_equals_reference(name, tokens, dtype):
     assert_fused(fuser, base, sharer, emulated.run_op(fuser, base, sharer))
 
 
+def test_a_hidden_size_that_ends_in_the_middle_of_a_tile(dtype, order):
+    """Half of the tile's columns, which is one whole part of a row's sum of squares."""
+    config = make_config([(2, 8)], [(1, 4)], [0], hidden_size=64)
+    fuser = make_fuser(config)
+    base, sharer = make_caches(config, 1, 35, dtype=dtype)  # a tile of 64 x 128
+    assert_fused(fuser, base, sharer, emulated.run_op(fuser, base, sharer))
+
+
 def test_every_size_may_be_one(dtype):
     config = make_config([(1, 1)], [(1, 1)], [0], hidden_size=1, intermediate_size=1)
     fuser = make_fuser(config)
