@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -107,6 +108,41 @@ def test_a_run_is_resumed_only_where_asked_and_as_it_was(
     assert yaml.safe_load((output / "recipe.yaml").read_text())["lr"] == 0.01
     assert train(place, output, "--resume", "--set", "log_steps=2") == 0
     assert same(dict(first), dict(c2c_ext.Fuser.from_pretrained(output).state_dict()))
+
+
+def test_a_new_process_goes_on_bit_for_bit_with_every_option(place: Path, tmp_path: Path) -> None:
+    """Caches, skipped lines, evaluation, dropout, noise per token, passes; within an epoch."""
+    given = ["--bad-data", "skip", "--prompt-caches", str(tmp_path / "caches")]
+    given += ["--eval-data", str(place / "talks.jsonl"), "--set", "max_steps=4", "keep=9"]
+    given += ["dropout=0.2", "gate_per=token", "micro_batch=1", "schedule=cosine", "lr_end=0.1"]
+    given += ["recompute=true", "gradient_checkpointing=true", "padding=left", "dtype=bf16"]
+    assert train(place, tmp_path / "straight", *given, data="bad.jsonl") == 0
+    shutil.copytree(tmp_path / "straight", tmp_path / "parts")
+    shutil.rmtree(checkpoint_path(tmp_path / "parts", 4))
+    for path in tmp_path.glob("parts/*"):  # as it was after two of the three steps of an epoch
+        if path.is_file() and path.name != "recipe.yaml":
+            path.unlink()
+    models = [x for s in ("receiver", "sharer") for x in (f"--{s}", str(place / s))]
+    command = [sys.executable, "-m", "c2c_ext.cli", "train", *models, "--data"]
+    command += [str(place / "bad.jsonl"), "--output", str(tmp_path / "parts"), "--resume"]
+    command += ["--config", str(place / "recipe.yaml"), *given]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    assert done.returncode == 0, done.stderr
+    logs = []
+    for name in ("straight", "parts"):
+        log = json.loads((tmp_path / name / "training_log.json").read_text())
+        wanted = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "temperature")
+        logs.append([[entry.get(key) for key in wanted] for entry in log["log"]])
+    assert logs[0] == logs[1] and len(logs[0]) >= 6
+    for name in ("fuser.safetensors", "training_state.safetensors", "training_state.json"):
+        files = [checkpoint_path(tmp_path / d, 4) / name for d in ("straight", "parts")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
 
 
 def test_other_models_of_the_same_name_are_not_resumed_and_moved_ones_are(

@@ -18,7 +18,6 @@ from transformers import TrainerState
 
 from c2c_ext import Fuser
 from c2c_ext.training.checkpoint import (
-    _TRAINER_FIELDS,
     STATE_NAME,
     TENSORS_NAME,
     TrainingState,
@@ -27,13 +26,13 @@ from c2c_ext.training.checkpoint import (
     checkpoints,
     generator_state,
     load_optimizer,
-    read_trainer_state,
     recover,
     restore_generators,
     rotate,
     write_checkpoint,
 )
 from c2c_ext.training.model import parameter_groups
+from c2c_ext.training.trainer_state import _TRAINER_FIELDS, read_trainer_state
 
 
 def stepped(fuser: Fuser, steps: int) -> tuple[torch.optim.Optimizer, object]:
@@ -261,7 +260,7 @@ def test_another_run_is_refused(saved: Path, run: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "is not a training state of this version"),
+        ({"format_version": 2}, "this version of c2c_ext: format_version must be 1, got 2"),
         ({"step": -1}, "step must be a number of steps, got -1"),
         ({"step": "x"}, "step must be a number of steps, got 'x'"),
         ({"step": 10**400}, "step must be a number of steps, got 1000"),
@@ -275,6 +274,7 @@ def test_another_run_is_refused(saved: Path, run: dict, message: str) -> None:
         ({"optimizer": 1}, "optimizer must hold groups and numbers"),
         ({"optimizer__groups": []}, "optimizer.groups must be 2 groups"),
         ({"optimizer__groups__0": "x"}, "optimizer.groups must be 2 groups|lr must be a number"),
+        ({"optimizer__groups__1__lr": 1e308}, "lr must be a number in 0..1000, got 1e.308"),
         ({"optimizer__numbers": {"0.step": "x"}}, "optimizer.numbers.0.step is not a number"),
         ({"optimizer__numbers": {"99.step": 1}}, "optimizer.numbers.99.step is not a number"),
     ],
@@ -364,6 +364,10 @@ def test_a_wrong_generator_state_changes_no_generator(saved: Path) -> None:
         (
             '{"global_step": 1, "log_history": [{}, {"loss": "low"}]}',
             r"log_history\[1\].loss must be a number, got 'low'",
+        ),
+        (
+            f'{{"global_step": 1, "log_history": [{{"eval_loss": 1{"0" * 400}}}]}}',
+            r"log_history\[0\].eval_loss must be a number, got 10",
         ),
         (f'{{"global_step": 1{"0" * 400}}}', "global_step must be a number of steps, got 10"),
         ('{"global_step": 1, "save_steps": null}', "save_steps must be a number, got None"),

@@ -13,7 +13,6 @@ import random
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,45 +25,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import listed, open_regular, read_json
+from ..files import open_regular, read_json
 from ..messages import shown, shown_name
+from .trainer_state import MAX_STEPS, is_number
 
 STATE_NAME = "training_state.json"
 TENSORS_NAME = "training_state.safetensors"
-TRAINER_STATE_NAME = "trainer_state.json"
 FORMAT_VERSION = 1
-# What the Trainer calculates with or prints of trainer_state.json: what a value must be.
-_NUMBER = ("a number", lambda v: _is_number(v))
-_NUMBER_OR_NULL = ("a number or null", lambda v: v is None or _is_number(v))
-_TEXT_OR_NULL = ("a string or null", lambda v: isinstance(v, str | None))
-_FLAG = ("true or false", lambda v: isinstance(v, bool))
-_TRAINER_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    # NaN too: a loss may be.
-    "best_metric": (
-        "a number or null",
-        lambda v: v is None or isinstance(v, float) or _is_number(v),
-    ),
-    "best_model_checkpoint": _TEXT_OR_NULL,
-    "epoch": _NUMBER_OR_NULL,
-    **dict.fromkeys(("max_steps", "logging_steps", "eval_steps", "save_steps"), _NUMBER),
-    **dict.fromkeys(("num_train_epochs", "num_input_tokens_seen", "total_flos"), _NUMBER),
-    "train_batch_size": _NUMBER_OR_NULL,
-    "log_history": (
-        "a list of objects",
-        lambda v: isinstance(v, list) and all(isinstance(entry, dict) for entry in v),
-    ),
-    **dict.fromkeys(
-        ("is_local_process_zero", "is_world_process_zero", "is_hyper_param_search"), _FLAG
-    ),
-    "trial_name": _TEXT_OR_NULL,
-    "trial_params": ("an object or null", lambda v: isinstance(v, dict | None)),
-    "stateful_callbacks": ("an object or null", lambda v: isinstance(v, dict | None)),
-}
-_LOGGED_NUMBERS = {"step", "epoch", "loss", "train_loss", "eval_loss"}
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
 _LEFTOVER = re.compile(r"\.(checkpoint-\d{1,18})\.[0-9a-f]{16}\.(new|aside|old)")
 _MAX_TENSOR_BYTES_PER_PARAMETER = 64  # eight float64 of state
-_MAX_STEPS = 1 << 53
+_MAX_RATE = 1e3  # as of a recipe
 _MAX_OTHER_BYTES = 1 << 30  # generators of all processes
 
 
@@ -246,7 +217,7 @@ def load_optimizer(directory: Path, optimizer: torch.optim.Optimizer, scheduler:
     numbers = saved["numbers"]
     for name, value in numbers.items() if isinstance(numbers, dict) else ():
         index, _, key = name.partition(".")
-        if not index.isdecimal() or int(index) >= len(parameters) or not _is_number(value):
+        if not index.isdecimal() or int(index) >= len(parameters) or not is_number(value):
             raise ValueError(f"{where}: optimizer.numbers.{shown_name(name)} is not a number")
         state.setdefault(int(index), {})[key] = value
     kinds = {frozenset(entry) for entry in state.values()}
@@ -298,55 +269,19 @@ def restore_generators(directory: Path, rank: int) -> bool:
     return True
 
 
-def read_trainer_state(directory: Path, known: Sequence[str]) -> dict[str, Any]:
-    """trainer_state.json, checked as far as the Trainer relies on it.
-
-    Args:
-        known: the keys that this version of the Trainer takes.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is none.
-    """
-    path = directory / TRAINER_STATE_NAME
-    with open_regular(path, _MAX_OTHER_BYTES) as file:
-        text = file.read()
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {shown_name(str(error))}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must be an object, got {type(data).__name__}")
-    unknown = set(map(str, data)) - set(known)
-    if unknown:
-        raise ValueError(f"{path}: unknown keys {listed(unknown)}; another version's?")
-    for key, optional in (("global_step", False), ("best_global_step", True)):
-        value = data.get(key)
-        if value is None and optional:
-            continue
-        if type(value) is not int or not 0 <= value <= _MAX_STEPS:
-            raise ValueError(f"{path}: {key} must be a number of steps, got {shown(value)}")
-    for key, (what, holds) in _TRAINER_FIELDS.items():
-        if key in data and not holds(data[key]):
-            raise ValueError(f"{path}: {key} must be {what}, got {shown(data[key])}")
-    for i, entry in enumerate(data.get("log_history") or ()):
-        for key in _LOGGED_NUMBERS & entry.keys():
-            if not isinstance(entry[key], int | float):
-                raise ValueError(
-                    f"{path}: log_history[{i}].{key} must be a number, got {shown(entry[key])}"
-                )
-    return data
-
-
 def _read_state(directory: Path) -> dict[str, Any]:
     path = directory / STATE_NAME
     data = read_json(path)
-    if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path} is not a training state of this version of c2c_ext")
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} is not a training state of this version of c2c_ext: format_version must be "
+            f"{FORMAT_VERSION}, got {shown(version)}"
+        )
     for key in ("step", "run", "optimizer", "scheduler", "generators"):
         if key not in data:
             raise ValueError(f"{path}: {key} is missing")
-    if type(data["step"]) is not int or not 0 <= data["step"] <= _MAX_STEPS:
+    if type(data["step"]) is not int or not 0 <= data["step"] <= MAX_STEPS:
         raise ValueError(f"{path}: step must be a number of steps, got {shown(data['step'])}")
     return data
 
@@ -370,8 +305,12 @@ def _merged_groups(fresh: list[dict], saved: Any, where: Path) -> list[dict]:
         raise ValueError(f"{where}: optimizer.groups must be {len(fresh)} groups")
     merged = []
     for own, other in zip(fresh, saved, strict=True):
-        if not isinstance(other, dict) or not _is_number(other.get("lr")):
-            raise ValueError(f"{where}: optimizer.groups: lr must be a number")
+        rate = other.get("lr") if isinstance(other, dict) else None
+        if not is_number(rate) or not 0 <= rate <= _MAX_RATE:
+            raise ValueError(
+                f"{where}: optimizer.groups: lr must be a number in 0..{_MAX_RATE:g}, got "
+                f"{shown(rate)}"
+            )
         for key in (own.keys() & other.keys()) - {"params", "lr"}:
             now = json.loads(json.dumps(own[key]))
             if now != other[key]:
@@ -393,7 +332,7 @@ def _merged_numbers(fresh: dict[str, Any], saved: Any, where: str) -> dict[str, 
             raise ValueError(f"{where}.{key} is missing")
         value, is_list = saved[key], isinstance(fresh[key], list)
         values = value if isinstance(value, list) else [value]
-        if isinstance(value, list) != is_list or not all(_is_number(v) for v in values):
+        if isinstance(value, list) != is_list or not all(is_number(v) for v in values):
             raise ValueError(f"{where}.{key} must be like {fresh[key]}, got {shown(value)}")
         if is_list and len(value) != len(fresh[key]):
             raise ValueError(f"{where}.{key} must have {len(fresh[key])} numbers, has {len(value)}")
@@ -406,13 +345,8 @@ def _numbers_of(state: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in state.items()
-        if _is_number(value) or (isinstance(value, list) and value and all(map(_is_number, value)))
+        if is_number(value) or (isinstance(value, list) and value and all(map(is_number, value)))
     }
-
-
-def _is_number(value: Any) -> bool:
-    # Compared and not converted: an integer of a file may be too large for a float.
-    return isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max
 
 
 def _set_generators(state: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ from ..config import FuserConfig
 from ..fuser import Fuser
 from .arguments import mixed_precision
 from .checkpoint import (
-    TRAINER_STATE_NAME,
     OtherRunError,
     TrainingState,
     check_checkpoint,
@@ -27,13 +26,13 @@ from .checkpoint import (
     checkpoints,
     generator_state,
     load_optimizer,
-    read_trainer_state,
     recover,
     restore_generators,
     rotate,
     write_checkpoint,
 )
 from .model import C2CTrainingModel, parameter_groups
+from .trainer_state import TRAINER_STATE_NAME, read_trainer_state
 
 SHOWN_IDS = 16
 
