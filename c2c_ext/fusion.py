@@ -103,7 +103,6 @@ def fuse(
     for source, by_reference in zip(sources, plain, strict=True):
         if by_reference:
             check_parameters(source.fuser, wanted)
-            check_parameters(source.fuser, wanted)
             check_fuser_device(source.fuser, first)
     if any(plain):
         base = window(receiver, start, end)
