@@ -103,10 +103,14 @@ def test_a_run_is_resumed_only_where_asked_and_as_it_was(
     assert train(place, output, "--resume", "--set", "max_steps=8") == 2
     assert "its max_steps was 4, now it is 8" in capsys.readouterr().err
     assert train(place, output, "--resume", data="bad.jsonl") == 2
-    assert train(place, output, "--resume", "--bad-data", "skip", data="bad.jsonl") == 2
+    lines = (place / "talks.jsonl").read_bytes().splitlines()
+    changed = write_lines(tmp_path / "x.jsonl", [*lines[:-1], lines[-1].replace(b"w11", b"w12")])
+    assert train(place, output, "--resume", data=str(changed)) == 2
     assert "its data was" in capsys.readouterr().err
     assert yaml.safe_load((output / "recipe.yaml").read_text())["lr"] == 0.01
-    assert train(place, output, "--resume", "--set", "log_steps=2") == 0
+    # The same conversations: what is skipped does not count.
+    again = ("--set", "log_steps=2", "--bad-data", "skip")
+    assert train(place, output, "--resume", *again, data="bad.jsonl") == 0
     assert same(dict(first), dict(c2c_ext.Fuser.from_pretrained(output).state_dict()))
 
 

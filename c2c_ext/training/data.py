@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,15 +136,6 @@ def is_file_place(source: str | Path) -> bool:
     """Whether ``source`` names a file, there or missing, and not a dataset of the Hub."""
     path = Path(source)
     return path.suffix in (".jsonl", ".json", ".txt") or len(path.parts) > 2 or path.exists()
-
-
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open_regular(Path(path), MAX_FILE_BYTES) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _lines(path: Path, bad: BadData) -> Iterator[tuple[int, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..alignment import TokenAligner
@@ -26,7 +28,7 @@ from .arguments import training_arguments
 from .cached_collator import CachedCollator, prompts_of
 from .checkpoint import checkpoints
 from .collator import ChatCollator, ChatDataset, Encoder, differing_tokens
-from .data import file_digest, read_conversations
+from .data import read_conversations
 from .model import C2CTrainingModel
 from .prompt_cache_writer import write_prompt_caches
 from .prompt_caches import PromptCaches, model_hash
@@ -97,13 +99,13 @@ def load_setup(
             chat_template=recipe.chat_template,
         )
     train = _dataset(recipe, data, encoder, "--data")
-    fixed: dict[str, Any] = {"data": _identity(data), "eval_data": None}
+    fixed: dict[str, Any] = {"data": _digest(train), "eval_data": None}
     if aligner is not None:
         fixed["aligner"] = aligner.strategy
     evaluation = None
     if eval_data is not None:
         evaluation = _dataset(recipe, eval_data, encoder, "--eval-data").numbered_apart()
-        fixed["eval_data"] = _identity(eval_data)
+        fixed["eval_data"] = _digest(evaluation)
     elif recipe.eval_part:
         train, evaluation = _split(train, recipe)
     pad = tokenizers["receiver"].pad_token_id or 0
@@ -315,9 +317,14 @@ def _dataset(recipe: Recipe, source: str, encoder: Encoder, option: str) -> Chat
     return dataset
 
 
-def _identity(source: str) -> str:
-    """What tells data from other data: a file's hash, a dataset's name."""
-    return file_digest(source) if Path(source).is_file() else source
+def _digest(dataset: ChatDataset) -> str:
+    """SHA-256 of what the samples hold: their source may be moved, and read otherwise."""
+    digest = hashlib.sha256()
+    for sample in dataset.samples:
+        for value in vars(sample).values():
+            digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else b"")
+            digest.update(f"{value.shape if isinstance(value, Tensor) else value};".encode())
+    return digest.hexdigest()
 
 
 @contextmanager
