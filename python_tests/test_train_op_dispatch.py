@@ -130,16 +130,27 @@ def test_no_grad_and_inference_mode_record_nothing():
 # ---- torch.compile, autocast ---------------------------------------------------------------------
 
 
-def training_step(fuser, base, sharer, noise, seed):
+def training_step(fuser, base, sharer, noise, seed, row_seeds=None):
     gates = torch.sigmoid(fuser.groups[0].gate_logit.view(2, 2, 1, 1, 1) + noise)
     fused = fuse_training(
-        base, sharer, fuser, token_map=TOKEN_MAP, gates=gates, dropout=0.2, seed=seed
+        base,
+        sharer,
+        fuser,
+        token_map=TOKEN_MAP,
+        gates=gates,
+        dropout=0.2,
+        seed=seed,
+        row_seeds=row_seeds,
     )
     return sum(t.float().square().mean() for pair in fused for t in pair)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_compiled_training_step_equals_eager(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "by_row"),
+    [(torch.float32, False), (torch.bfloat16, True)],
+    ids=["float32", "bfloat16-rows"],
+)
+def test_compiled_training_step_equals_eager(dtype, by_row):
     torch._dynamo.reset()
     fuser, base, sharer = make_train_case(dtype)
     compiled_fuser = copy.deepcopy(fuser)
@@ -150,7 +161,8 @@ def test_compiled_training_step_equals_eager(dtype):
         results = []
         for run, own in ((training_step, fuser), (step, compiled_fuser)):
             own.zero_grad()
-            loss = run(own, base, sharer, noise, seed)
+            rows = torch.tensor([seed, -seed]) if by_row else None
+            loss = run(own, base, sharer, noise, seed, rows)
             loss.backward()
             results.append([loss.detach(), *(p.grad for p in own.parameters())])
         for eager, compiled in zip(*results, strict=True):
