@@ -186,7 +186,7 @@ class _FusedGeneration:
             position_ids = kwargs.get("position_ids")
             if ids is not None:
                 check_prompt_tensors(kwargs.get("attention_mask"), position_ids, batch, length)
-            shift = shift_of(kwargs.get("attention_mask"))
+            shift = None if ids is None else shift_of(kwargs.get("attention_mask"))
             if shift is not None:
                 check_movable(kwargs.get("past_key_values"), sections)
                 if inputs is not None:

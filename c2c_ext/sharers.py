@@ -106,8 +106,8 @@ def fuse_columns(
         cache: a transformers Cache whose layers hold all their tokens, at least ``end``.
         readings: the sharers, in the order of fusing; each has read what the columns are fused
             with.
-        allowed: for every reading, bool ``[1 or B, end - start]`` on the cache's device: the
-            columns to fuse in each row. None: all of them.
+        allowed: for every reading, bool ``[1 or B, end - start]``: the columns to fuse in each
+            row. None: all of them.
         fusion: of `fusion_checks.FUSIONS`.
     """
     if not readings or start == end:
@@ -122,7 +122,7 @@ def fuse_columns(
         elif columns is not None:
             token_map = torch.arange(end - start, device=first.device)
         if columns is not None:
-            token_map = torch.where(columns, token_map, -1)
+            token_map = torch.where(columns.to(first.device), token_map, -1)
         maps.append(None if token_map is None else token_map.expand(len(first), -1))
     shared = [reading.shared(start, end, first) for reading in readings]
     fusers = [reading.fuser for reading in readings]
