@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attach_checks import checked_sharing
+from .conversation import conversation_of, extend
 from .fuser import Fuser
 from .generation_arguments import (
     Settings,
@@ -31,7 +32,7 @@ from .generation_arguments import (
 )
 from .padding import shift_of
 from .positions import Positions, fused_columns
-from .prompt_fusion import Prompt, fuse_prompt, holds_fused_prompt, read_on
+from .prompt_fusion import Prompt, fuse_prompt, read_on
 from .selection import spans_of
 from .sharer_inputs import checked_inputs
 from .sharers import Sharing
@@ -51,13 +52,13 @@ class _Call:
     """One call of `generate` on an attached receiver."""
 
     prompt: Prompt | None  # None: the receiver is to answer alone
-    held: int = 0  # tokens of it in the cache already: a later turn, not to be fused
+    reads_on: bool = False  # what is new of it is read by the receiver alone
     begun: bool = False
     answered_inside: bool = False  # by a generate inside this one
 
     @property
     def fused(self) -> bool:
-        return self.begun and not self.held
+        return self.begun and not self.reads_on
 
 
 @dataclass
@@ -118,8 +119,12 @@ class _FusedGeneration:
         sequences that come back are padded on the left.
 
         A later turn is given as in transformers: ``input_ids`` of the whole conversation and the
-        ``past_key_values`` that an earlier call on an attached receiver returned. The fused tokens
-        in that cache stay; the new ones are read by the receiver alone.
+        ``past_key_values`` that an earlier call on an attached receiver returned or filled. What
+        that cache holds stays as it is, and what is new is fused: every sharer reads on from its
+        own cache, which is kept on the receiver's where that can outlive the call (it was given, or
+        ``return_dict_in_generate``). The cache may have been cropped, copied or its rows moved;
+        other sharers or fusers may go on from it, which then read the conversation from its start.
+        ``positions`` and ``sections`` speak of the new tokens then.
 
         With ``guidance_scale``, what the answer is guided away from (``negative_prompt_ids``, by
         default the last prompt token) is read by the receiver alone, so the fused prompt is
@@ -198,24 +203,29 @@ class _FusedGeneration:
                 kwargs = {**kwargs, **given}
                 position_ids = kwargs.get("position_ids")
             cache = kwargs.get("past_key_values")
-            call.held, columns = tokens_held(cache), None
-            if call.held:
-                named = {"positions": positions, "sharers": sharers, "sections": sections}
-                named["sharer_inputs"] = sharer_inputs
-                check_continuation(holds_fused_prompt(cache), named, call.held, length)
-            else:
-                columns = fused_columns(positions, batch, length)
-            spans = spans_of(sharers, sections, batch, length, len(attachment.sharing))
+            held, drafts = tokens_held(cache), bool(settings["is_assistant"])
+            if held:
+                check_continuation(conversation_of(cache, held) is not None, held, length)
+            # What a model drafts for another is its answer: only that one's prompt is fused.
+            call.reads_on = drafts and held > 0
+            columns = fused_columns(positions, batch, length, held)
+            spans = spans_of(sharers, sections, batch, length, len(attachment.sharing), held)
             texts = checked_inputs(sharer_inputs, attachment.sharing, batch, length)
             if shift is not None:
                 columns = shift.move_columns(columns)
                 texts = tuple(None if text is None else text.moved(shift) for text in texts)
-            chunk = None
-            if not call.held:
-                chunk, args, kwargs = take_chunk_size(self.generation_config, args, kwargs)
-            call.prompt = Prompt(batch, length, columns, position_ids, spans, texts, chunk)
+            outlives = cache is not None or bool(settings["return_dict_in_generate"])
+            chunk, args, kwargs = take_chunk_size(self.generation_config, args, kwargs)
+            call.prompt = Prompt(
+                batch, length, columns, position_ids, spans, texts, chunk, held,
+                keeps=outlives and not drafts,
+            )  # fmt: skip
         with attachment.armed(call):
             output = super().generate(inputs, *args, **kwargs)
+        if call.fused and call.prompt.keeps:
+            sequences = getattr(output, "sequences", output)
+            cache = getattr(output, "past_key_values", kwargs.get("past_key_values"))
+            extend(cache, None if (settings["num_beams"] or 1) > 1 else sequences)
         if not (call.prompt is None or call.begun or call.answered_inside):
             raise RuntimeError(
                 "c2c_ext: generate ended without fusing the prompt: this way of decoding does not "
@@ -315,8 +325,8 @@ def _attached_class(original: type) -> type:
         attachment: _Attachment = getattr(self, _ATTACHMENT)
         call = attachment.current()
         if call is not None and call.prompt is not None and not call.begun:
-            if call.held:
-                kwargs = read_on(call.prompt, call.held, input_ids, kwargs)
+            if call.reads_on:
+                kwargs = read_on(call.prompt, input_ids, kwargs)
             else:
                 kwargs = fuse_prompt(self, attachment.sharing, call.prompt, input_ids, kwargs)
             call.begun = True

@@ -125,17 +125,16 @@ def tokens_held(cache: Any) -> int:
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
-def check_continuation(fused: bool, named: dict[str, Any], held: int, length: int) -> None:
+def check_continuation(fused: bool, held: int, length: int) -> None:
     """What goes with a cache that holds tokens already.
 
     Args:
         fused: whether an attached receiver filled it.
-        named: what else was given to generate, by its name.
         held: tokens in the cache, at least 1.
         length: tokens of ``input_ids``.
 
     Raises:
-        ValueError: a cache of another origin, one of ``named`` beside it, or nothing new to read.
+        ValueError: a cache of another origin, or nothing new to read.
     """
     if not fused:
         raise ValueError(
@@ -143,12 +142,6 @@ def check_continuation(fused: bool, named: dict[str, Any], held: int, length: in
             f"attached receiver: the {held} tokens that it holds were not fused (detach to answer "
             "from them as they are)"
         )
-    for name, given in named.items():
-        if given is not None:
-            raise ValueError(
-                f"c2c_ext: {name} names what to fuse in an empty cache, past_key_values holds "
-                f"{held} tokens already: a later turn is not fused"
-            )
     if length <= held:
         raise ValueError(
             "c2c_ext: input_ids must be the whole conversation, longer than the "

@@ -100,20 +100,28 @@ class Positions:
 
 
 def fused_columns(
-    positions: Sequence[int] | slice | Tensor | Positions | None, batch: int, length: int
+    positions: Sequence[int] | slice | Tensor | Positions | None,
+    batch: int,
+    length: int,
+    held: int = 0,
 ) -> Tensor | Positions | None:
     """bool ``[1 or batch, length - 1]`` from the ``positions`` of generate; None stays None.
 
     `Positions` stay what they are until the mask is known: see `resolved`.
 
+    Args:
+        batch, length: rows of the prompt and tokens of a row.
+        held: tokens of earlier turns in the cache, which are not fused again.
+
     Raises:
         TypeError: neither integers nor bools.
-        ValueError: another shape, a column outside the prompt, or its last one.
+        ValueError: another shape, a column outside the prompt, its last one, or one of an earlier
+            turn.
     """
     if positions is None or isinstance(positions, Positions):
         return positions
     if isinstance(positions, slice):
-        return _sliced(positions, length)
+        return _sliced(positions, length, held)
     given = _tensor_of(positions)
     rule = f"the last of the {length} prompt tokens is never fused"
     if given.dtype == torch.bool:
@@ -125,6 +133,9 @@ def fused_columns(
         given = given.reshape(-1, length)
         if given[:, -1].any():
             raise ValueError(f"c2c_ext: positions marks column {length - 1}: {rule}")
+        if given[:, :held].any():
+            column = int(given[:, :held].any(0).long().argmax())
+            raise ValueError(f"c2c_ext: positions marks column {column}: {_earlier(held)}")
         return given[:, :-1]
     if given.ndim != 1:
         raise ValueError(
@@ -149,8 +160,16 @@ def fused_columns(
                 f"c2c_ext: positions must be at least 0 and at most {length - 2} ({rule}), "
                 f"got {column}"
             )
+        if column < held:
+            raise ValueError(
+                f"c2c_ext: positions must be at least {held} ({_earlier(held)}), got {column}"
+            )
         columns[0, column] = True
     return columns
+
+
+def _earlier(held: int) -> str:
+    return f"the {held} tokens that past_key_values holds are not fused again"
 
 
 def _tensor_of(positions: Any) -> Tensor:
@@ -177,20 +196,28 @@ def _tensor_of(positions: Any) -> Tensor:
     return given
 
 
-def resolved(columns: Tensor | Positions | None, mask: Tensor | None, length: int) -> Tensor | None:
+def resolved(
+    columns: Tensor | Positions | None, mask: Tensor | None, length: int, held: int = 0
+) -> Tensor | None:
     """What `fused_columns` gave, as bool ``[1 or B, length - 1]`` or None: all.
 
     Args:
         mask: ``[B, length]``, nonzero where a token is real; None: everywhere.
         length: tokens of the prompt, padding included.
+        held: of them from earlier turns, which `Positions` do not count.
     """
-    return columns.columns(length, mask) if isinstance(columns, Positions) else columns
+    if not isinstance(columns, Positions):
+        return columns
+    if held:
+        real = torch.ones(1, length, dtype=torch.bool) if mask is None else mask != 0
+        mask = real & (torch.arange(length, device=real.device) >= held)
+    return columns.columns(length, mask)
 
 
-def _sliced(positions: slice, length: int) -> Tensor:
+def _sliced(positions: slice, length: int, held: int) -> Tensor:
     """bool ``[1, length - 1]`` from a slice of columns."""
     numbers_given = {}
-    for name, default in (("start", 0), ("stop", length - 1), ("step", 1)):
+    for name, default in (("start", held), ("stop", length - 1), ("step", 1)):
         value = getattr(positions, name)
         try:
             numbers_given[name] = default if value is None else operator.index(value)
@@ -207,6 +234,11 @@ def _sliced(positions: slice, length: int) -> Tensor:
             f"c2c_ext: positions' slice must satisfy 0 <= start <= stop <= {length - 1} (the last "
             f"of the {length} prompt tokens is never fused), got start {start}, stop {stop}; "
             "c2c_ext.Positions.last counts from the end"
+        )
+    if start < held and start < stop:
+        raise ValueError(
+            f"c2c_ext: positions' slice must start at {held} or later ({_earlier(held)}), got "
+            f"{start}"
         )
     columns = torch.zeros(1, length - 1, dtype=torch.bool)
     columns[0, start:stop:step] = True

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
+from .cache_columns import append, room_problem, unslid
+from .conversation import Conversation, check_tokens, conversation_of, recall, remember
+from .model_kv import ModelKV
 from .padding import check_last_tokens
 from .position_limit import check_limit
 from .positions import Positions, resolved
@@ -34,11 +37,6 @@ _PROMPT_TENSORS = (
     "labels",
 )
 
-# Set on a cache that a fused prompt went into: (layer, column, the keys fused there, one row per
-# row of the cache). It survives copying and pickling the cache, by which a conversation branches or
-# is kept, but not another prompt in its place.
-_FUSED = "_c2c_fused"
-
 
 @dataclass
 class Prompt:
@@ -51,25 +49,8 @@ class Prompt:
     spans: tuple[Span, ...]  # one after the other from column 0; what they leave over is not fused
     texts: tuple[SharerInputs | None, ...]  # what sharers read; None: the receiver's tokens
     chunk: int | None = None  # tokens that a forward of a prefill reads at most; None: all
-
-
-def holds_fused_prompt(cache: Any) -> bool:
-    """Whether the tokens that a cache holds are an earlier turn that an attached receiver ran.
-
-    Where a layer still holds the prompt's last fused token, its keys are compared with those that
-    were written: a cache may have been reset, and filled by something else.
-    """
-    mark = getattr(cache, _FUSED, None)
-    if mark is None:
-        return False
-    if mark is True:  # nothing to compare: a prompt of one token, or no layer keeps all tokens
-        return True
-    layer, column, written = mark
-    keys = cache.layers[layer].keys
-    if keys.dim() != 4 or keys.shape[2] <= column or keys.shape[1::2] != written.shape[1:]:
-        return False
-    now = keys[:1, :, column].to(written)  # rows may have been reordered since, or selected
-    return bool((now == written).flatten(1).all(1).any())
+    held: int = 0  # tokens of a row that the cache holds already, from earlier turns
+    keeps: bool = True  # whether the cache can outlive the call
 
 
 def fuse_prompt(
@@ -101,10 +82,10 @@ def fuse_prompt(
         # configuration no layer slides, so that drafted tokens can be taken back.
         cache = DynamicCache()
     held = int(cache.get_seq_length())
-    if held:
+    if held != prompt.held:
         raise ValueError(
-            f"c2c_ext: past_key_values must be empty when its prompt is to be fused, it holds "
-            f"{held} tokens"
+            f"c2c_ext: past_key_values must hold the {prompt.held} tokens that it held when "
+            f"generate was called, it holds {held}"
         )
     rows, given = input_ids.shape
     if given < prompt.length:
@@ -114,44 +95,79 @@ def fuse_prompt(
         )
     kwargs = {**kwargs, "past_key_values": cache}
     length = prompt.length - 1
-    if length > 0:
-        repeats = rows // prompt.batch  # beams, return sequences: equal rows stand together
-        mask = kwargs.get("attention_mask")
-        mask = None if mask is None else mask[::repeats, : length + 1]
+    mask = kwargs.get("attention_mask")
+    repeats = rows // prompt.batch  # beams, return sequences: equal rows stand together
+    readings: list[SharerReading] = []
+    if length > held:
+        # Rows that go on from a cache may differ although their new tokens do not.
+        step, spread = (repeats, 1) if held == 0 else (1, repeats)
+        mask = None if mask is None else mask[::step, : length + 1]
         check_last_tokens(mask)
-        columns = resolved(prompt.columns, mask, prompt.length)
+        ids = input_ids[::step, :length]
+        base = mark = None
+        if held:
+            base, mark = _base(cache, receiver, input_ids, mask, held, length)
+        columns = _spread(resolved(prompt.columns, mask, prompt.length, held), spread)
         mask = None if mask is None else mask[:, :length]
-        ids = input_ids[::repeats, :length]
-        fused = _fused_cache(receiver, sharing, prompt, ids, mask, columns)
-        _fill(cache, [(layer.keys, layer.values) for layer in fused.layers], repeats)
+        fused, readings = _fused_cache(
+            receiver, sharing, prompt, ids, mask, columns, base, mark, spread
+        )
+        pairs = [(layer.keys[:, :, held:], layer.values[:, :, held:]) for layer in fused.layers]
+        _fill(cache, pairs, step, held)
+    if length > 0:
         if _TRIMS_BY_LENGTH:
             kwargs["next_sequence_length"] = given - length
         if not _TRIMS_BY_LENGTH or kwargs.get("cache_position") is not None:
             kwargs["cache_position"] = torch.arange(length, given, device=input_ids.device)
-    setattr(cache, _FUSED, _mark(cache, length))
+    kept = readings if prompt.keeps else []
+    remember(cache, input_ids[:, : prompt.length], length, kept)
     return kwargs
 
 
-def _mark(cache: Any, length: int) -> Any:
-    """What `holds_fused_prompt` looks for, in a layer that keeps all tokens."""
-    for index, layer in enumerate(cache.layers):
-        if length and not getattr(layer, "is_sliding", False) and layer.get_seq_length() >= length:
-            return index, length - 1, layer.keys[:, :, length - 1].clone()
-    return True
+def _base(
+    cache: Any,
+    receiver: PreTrainedModel,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    held: int,
+    length: int,
+) -> tuple[DynamicCache, Conversation | None]:
+    """What a later turn is read over, all that ``cache`` holds, and the mark of earlier turns.
+
+    Raises:
+        ValueError: it cannot go on with these tokens.
+    """
+    shapes = [(s.num_heads, s.head_dim) for s in ModelKV.from_config(receiver.config).layers]
+    problem = room_problem(cache, shapes, len(input_ids), length)
+    if problem is not None:
+        raise ValueError(
+            f"c2c_ext: past_key_values cannot take {len(input_ids)} rows of {length} tokens: "
+            f"{problem}"
+        )
+    mark = conversation_of(cache, held)
+    if mark is not None:
+        check_tokens(mark, cache, input_ids, mask, held)
+    return unslid(cache, held, receiver.device), mark
 
 
-def read_on(prompt: Prompt, held: int, input_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the first step of a later turn: what the cache holds is not run again.
+def _spread(rows: Tensor | None, times: int, dim: int = 0) -> Tensor | None:
+    """One row for each of the cache's: every row ``times`` times, unless one is for all."""
+    if rows is None or times == 1 or rows.shape[dim] == 1:
+        return rows
+    return rows.repeat_interleave(times, dim)
+
+
+def read_on(prompt: Prompt, input_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the first step of a call that reads on from a cache and fuses nothing.
 
     Args:
-        held: tokens in the cache.
-        input_ids: ``[batch, prompt.length or more (drafted tokens)]``, or a first chunk of less.
+        input_ids: ``[batch, prompt.length or more (drafted tokens)]``.
     """
     _check_use_cache(kwargs)
     given = input_ids.shape[1]
     # Assisted decoding of newer versions takes every first step for the beginning of a cache.
     if _TRIMS_BY_LENGTH and kwargs.get("next_sequence_length") is None and given >= prompt.length:
-        kwargs = {**kwargs, "next_sequence_length": given - held}
+        kwargs = {**kwargs, "next_sequence_length": given - prompt.held}
     return kwargs
 
 
@@ -163,21 +179,24 @@ def _check_use_cache(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _fill(cache: Any, fused: list[tuple[Tensor, Tensor]], repeats: int) -> None:
-    """Writes ``fused`` into the empty ``cache``, every row ``repeats`` times, or nothing."""
+def _fill(cache: Any, fused: list[tuple[Tensor, Tensor]], repeats: int = 1, held: int = 0) -> None:
+    """Writes ``fused`` behind the ``held`` tokens of ``cache``, every row ``repeats`` times.
+
+    Into an empty cache it writes all or nothing; `room_problem` was asked before for others.
+    """
+    pairs = fused
+    if repeats > 1:
+        pairs = [
+            (k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)) for k, v in fused
+        ]
     try:
-        for layer, (key, value) in enumerate(fused):
-            if repeats > 1:
-                key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-            cache.update(key, value, layer)
-            if getattr(cache.layers[layer], "record_past", False):
-                # Assisted decoding makes a sliding layer keep more than its window until cropped.
-                cache.layers[layer].crop(0)
+        append(cache, pairs, held)
     except Exception as error:
-        cache.reset()
+        if held == 0:
+            cache.reset()
         if type(error) not in (IndexError, RuntimeError, ValueError):
             raise
-        rows, _, tokens, _ = key.shape
+        rows, _, tokens, _ = pairs[0][0].shape
         raise ValueError(
             f"c2c_ext: past_key_values cannot take {len(fused)} layers of {rows} rows of {tokens} "
             f"fused tokens: {error}"
@@ -191,11 +210,18 @@ def _fused_cache(
     ids: Tensor,  # [batch, n]: the prompt without its last token
     mask: Tensor | None,  # [batch, n]
     columns: Tensor | None,  # bool [1 or batch, n]; None: all
-) -> DynamicCache:
-    """The receiver's cache of ``ids``, fused; no layer slides."""
+    base: DynamicCache | None,  # of the tokens that earlier turns left; None: there are none
+    mark: Conversation | None,  # of those turns
+    spread: int,  # how many of the rows here are one row of the prompt
+) -> tuple[DynamicCache, list[SharerReading]]:
+    """The receiver's cache of ``ids``, fused from ``prompt.held`` on, and what the sharers read.
+
+    No layer of it slides.
+    """
     n = ids.shape[1]
     if prompt.position_ids is not None:
         position_ids = prompt.position_ids[..., :n]
+        position_ids = _spread(position_ids, spread, -2)
     else:
         position_ids = _positions(ids, mask)
     counted = prompt.position_ids is None
@@ -207,17 +233,19 @@ def _fused_cache(
     chosen = sorted({k for span in prompt.spans for k in span.sharers()})
     # Made now: each prefill may run on a stream or in a thread of its own.
     readings = {
-        k: _reading(receiver, sharing, k, prompt.texts[k], ids, mask, position_ids, counted)
+        k: _reading(receiver, sharing, k, prompt.texts[k], ids, mask, position_ids, counted, spread)
         for k in chosen
     }
+    if mark is not None:
+        recall(mark, list(readings.values()))
     allowed = columns
     if mask is not None:
         allowed = mask != 0 if columns is None else (mask != 0) & columns
     spans = [span for span in prompt.spans if span.start < span.end]
     if not spans or spans[-1].end < n:
         nobody = torch.zeros(1, len(sharing), dtype=torch.bool)
-        spans.append(Span(spans[-1].end if spans else 0, n, nobody))
-    cache = None
+        spans.append(Span(spans[-1].end if spans else prompt.held, n, nobody))
+    cache, unread = base, list(readings.values())
     for span in spans:
 
         def read(span: Span = span, held: Any = cache) -> DynamicCache:
@@ -231,8 +259,8 @@ def _fused_cache(
                 chunk=prompt.chunk,
             )
 
-        if cache is None:
-            cache = read_beside(sharing, receiver, read, list(readings.values()), prompt.chunk)
+        if unread:
+            cache, unread = read_beside(sharing, receiver, read, unread, prompt.chunk), []
         else:
             cache = read()
         here = span.sharers()
@@ -241,16 +269,16 @@ def _fused_cache(
             [readings[k] for k in here],
             span.start,
             span.end,
-            [_in_rows(allowed, span, k) for k in here],
+            [_in_rows(allowed, span, k, spread) for k in here],
             sharing.fusion,
         )
-    return cache
+    return cache, list(readings.values())
 
 
-def _in_rows(allowed: Tensor | None, span: Span, sharer: int) -> Tensor | None:
+def _in_rows(allowed: Tensor | None, span: Span, sharer: int, spread: int) -> Tensor | None:
     """bool ``[1 or batch, columns of the span]``: where a sharer is fused; None: everywhere."""
     allowed = None if allowed is None else allowed[:, span.start : span.end]
-    rows = span.selected[:, sharer]
+    rows = _spread(span.selected[:, sharer], spread)
     if bool(rows.all()):
         return allowed
     if allowed is None:
@@ -267,6 +295,7 @@ def _reading(
     mask: Tensor | None,
     position_ids: Tensor,
     counted: bool,
+    spread: int,
 ) -> SharerReading:
     """A sharer that is to read its own text or, without one, the receiver's tokens."""
     model, role = sharing.sharers[place], sharing.role(place)
@@ -274,11 +303,15 @@ def _reading(
     if text is None:
         own = _ids_for_sharer(role, receiver, model, ids, mask)
     else:
-        own, mask, position_ids = text.ids, text.mask, text.position_ids
+        own, mask = (
+            None if t is None else t.repeat_interleave(spread, 0) for t in (text.ids, text.mask)
+        )
+        position_ids = _spread(text.position_ids, spread)
+        token_map = _spread(text.token_map[:, : ids.shape[1]], spread)
         counted = position_ids is None
         if position_ids is None:
             position_ids = _positions(own, mask)
-        token_map = text.token_map[:, : ids.shape[1]].to(receiver.device)
+        token_map = token_map.to(receiver.device)
     check_limit(role, model, position_ids, counted=counted)
     given = (None if t is None else t.to(model.device) for t in (own, mask, position_ids))
     return SharerReading(place, role, model, sharing.fusers[place], *given, token_map)

@@ -24,8 +24,10 @@ class Span:
         return [k for k, chosen in enumerate(self.selected.any(0).tolist()) if chosen]
 
 
-def spans_of(sharers: Any, sections: Any, batch: int, length: int, count: int) -> tuple[Span, ...]:
-    """The spans that a prompt is fused in, one after the other from column 0.
+def spans_of(
+    sharers: Any, sections: Any, batch: int, length: int, count: int, held: int = 0
+) -> tuple[Span, ...]:
+    """The spans that a prompt is fused in, one after the other from column ``held``.
 
     Without ``sections`` one span of all columns but the last; what sections leave over is none.
 
@@ -33,13 +35,14 @@ def spans_of(sharers: Any, sections: Any, batch: int, length: int, count: int) -
         sharers, sections: as given to generate.
         batch, length: rows of the prompt and tokens of a row.
         count: sharers that are attached.
+        held: tokens of earlier turns in the cache, which are not fused again.
 
     Raises:
         TypeError: of another kind than documented.
         ValueError: both are given; numbers out of range or of another shape.
     """
     if sections is None:
-        return (Span(0, length - 1, selected_sharers("sharers", sharers, batch, count)),)
+        return (Span(held, length - 1, selected_sharers("sharers", sharers, batch, count)),)
     if sharers is not None:
         raise ValueError(
             "c2c_ext: sharers and sections cannot both be given: every section names its own"
@@ -48,7 +51,7 @@ def spans_of(sharers: Any, sections: Any, batch: int, length: int, count: int) -
         raise TypeError(
             f"c2c_ext: sections must be a list of (length, sharers), got {type(sections).__name__}"
         )
-    spans, start = [], 0
+    spans, start = [], held
     for i, section in enumerate(sections):
         if isinstance(section, str) or not isinstance(section, Sequence):
             raise TypeError(f"c2c_ext: sections[{i}] must be (length, sharers), got {section!r}")
@@ -63,9 +66,10 @@ def spans_of(sharers: Any, sections: Any, batch: int, length: int, count: int) -
         spans.append(Span(start, start + tokens, selected))
         start += tokens
     if start > length - 1:
+        earlier = f", {held} are from earlier turns" if held else ""
         raise ValueError(
-            f"c2c_ext: the lengths of sections must sum to at most {length - 1} (the last of the "
-            f"{length} prompt tokens is never fused), got {start}"
+            f"c2c_ext: the lengths of sections must sum to at most {length - 1 - held} (the last "
+            f"of the {length} prompt tokens is never fused{earlier}), got {start - held}"
         )
     return tuple(spans)
 

@@ -1,8 +1,6 @@
-"""The caches of an attached receiver's generate: later turns, the caller's own cache, beams."""
+"""The caches of an attached receiver's generate: the caller's own, kinds of them, beams."""
 
 from __future__ import annotations
-
-import copy
 
 import plain_loop
 import pytest
@@ -17,7 +15,6 @@ from generation_checks import (
     generate,
     left_padded,
     logits_of,
-    new_tokens,
     prompt,
 )
 from torch import Tensor
@@ -26,8 +23,6 @@ from transformers import DynamicCache, StaticCache
 from c2c_ext.generation import attached
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SAID = prompt(2, 4, seed=9)  # the second turn
 
 
 @pytest.fixture(scope="module")
@@ -44,123 +39,6 @@ def new_cache(kind: str, receiver):
     if kind == "static":
         return StaticCache(config=receiver.config, max_cache_len=48)
     return DynamicCache(config=receiver.config) if kind == "sliding" else DynamicCache()
-
-
-def spoken(output, said: Tensor = SAID) -> Tensor:
-    """The whole conversation: prompt, answer, next turn."""
-    return torch.cat([output.sequences, said], dim=1)
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "sliding", "static"])
-def test_a_second_turn_goes_on_from_the_fused_first_one(each_trio, kind):
-    receiver, sharer, fuser = each_trio
-    ids = prompt()
-    kv = plain_loop.fused_prompt(receiver, sharer, fuser, ids)
-    first = plain_loop.decode(receiver, kv, ids, STEPS)
-    with attached(receiver, sharer, fuser):
-        output = generate(receiver, ids, past_key_values=new_cache(kind, receiver))
-        assert_same_run(output, ids, first, kv=False)
-        talk, cache = spoken(output), output.past_key_values
-        branch = copy.deepcopy(cache)
-        again = generate(receiver, talk, past_key_values=cache)
-        mask = torch.ones_like(talk)
-        branched = generate(receiver, talk, past_key_values=branch, attention_mask=mask)
-        assert again.past_key_values is cache
-        held = plain_loop.kv_of(copy.deepcopy(cache))
-        third = generate(receiver, spoken(again), past_key_values=cache)
-    expected = plain_loop.decode(
-        receiver, plain_loop.read_on(receiver, first.kv, talk), talk, STEPS
-    )
-    assert_same_run(again, talk, expected, kv=False)
-    if kind == "dynamic":
-        torch.testing.assert_close(held, expected.kv, **CLOSE)
-    assert torch.equal(logits_of(branched), logits_of(again))
-    end = spoken(again)
-    kv = plain_loop.read_on(receiver, expected.kv, end)
-    assert_same_run(third, end, plain_loop.decode(receiver, kv, end, STEPS), kv=False)
-    # Neither is the first turn unfused, nor is the second one fused.
-    clean = plain_loop.prefill(receiver, talk[:, :-1])
-    whole = plain_loop.fused_prompt(receiver, sharer, fuser, talk)
-    for other in (clean, whole):
-        logits = plain_loop.decode(receiver, other, talk, 1).logits[:, 0]
-        assert (logits - expected.logits[:, 0]).abs().max() > VISIBLE
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_second_turn_after_detach_is_the_same(trio, kind):
-    receiver, sharer, fuser = trio
-    with attached(receiver, sharer, fuser):
-        output = generate(receiver, prompt(), past_key_values=new_cache(kind, receiver))
-        talk, cache = spoken(output), copy.deepcopy(output.past_key_values)
-        expected = generate(receiver, talk, past_key_values=output.past_key_values)
-    alone = generate(receiver, talk, past_key_values=cache)
-    assert torch.equal(logits_of(alone), logits_of(expected))
-    assert (logits_of(generate(receiver, talk)) - logits_of(alone)).abs().max() > VISIBLE
-
-
-def test_a_second_turn_of_padded_rows_matches_plain_loop(trio):
-    receiver, sharer, fuser = trio
-    ids, mask = left_padded((11, 5))
-    kv = plain_loop.fused_prompt(receiver, sharer, fuser, ids, mask)
-    first = plain_loop.decode(receiver, kv, ids, STEPS, mask=mask)
-    with attached(receiver, sharer, fuser):
-        output = generate(receiver, ids, attention_mask=mask)
-        talk = spoken(output)
-        mask = torch.cat([mask, torch.ones(2, STEPS + 4, dtype=torch.long)], dim=1)
-        again = generate(
-            receiver, talk, attention_mask=mask, past_key_values=output.past_key_values
-        )
-    kv = plain_loop.read_on(receiver, first.kv, talk, mask)
-    assert_same_run(again, talk, plain_loop.decode(receiver, kv, talk, STEPS, mask=mask))
-
-
-@pytest.mark.parametrize("how", ["assistant", "drawn", "one token first", "no positions first"])
-def test_a_second_turn_may_decode_in_any_way(trio, how):
-    receiver, sharer, fuser = trio
-    ids = prompt(1, 1 if how == "one token first" else 11)
-    named = {"positions": []} if how == "no positions first" else {}
-    settings = {}
-    if how == "assistant":
-        settings = {"assistant_model": tiny_models.receiver_model("qwen3", num_hidden_layers=1)}
-    elif how == "drawn":
-        settings = {"do_sample": True, "top_k": 0}
-    with attached(receiver, sharer, fuser):
-        output = generate(receiver, ids, **named)
-        talk = spoken(output, SAID[:1])
-        again = generate(receiver, talk, past_key_values=output.past_key_values, **settings)
-    if how in ("assistant", "drawn"):
-        kv = plain_loop.fused_prompt(receiver, sharer, fuser, ids)
-        first = plain_loop.decode(receiver, kv, ids, STEPS)
-        kv = plain_loop.read_on(receiver, first.kv, talk)
-    else:
-        kv = plain_loop.prefill(receiver, talk[:, :-1])
-    choose = plain_loop.forced(new_tokens(again, talk))
-    expected = plain_loop.decode(receiver, kv, talk, STEPS, choose=choose)
-    assert_same_run(again, talk, expected)
-
-
-def test_what_does_not_go_on_from_a_cache_is_refused(trio):
-    receiver, sharer, fuser = trio
-    foreign = plain_loop.cache_of(plain_loop.prefill(receiver, prompt()[:, :-1]))
-    with attached(receiver, sharer, fuser):
-        output = generate(receiver, prompt())
-        cache, talk = output.past_key_values, spoken(output)
-        before = plain_loop.kv_of(copy.deepcopy(cache))
-        for positions in ([], [3], torch.zeros(talk.shape, dtype=torch.bool)):
-            with pytest.raises(ValueError, match=r"positions .* holds 16 tokens already: a later"):
-                generate(receiver, talk, past_key_values=cache, positions=positions)
-        for ids in (talk[:, :16], talk[:, :5], SAID):
-            message = rf"input_ids must be the whole .* longer than the 16 .* got {ids.shape[1]}"
-            with pytest.raises(ValueError, match=message):
-                generate(receiver, ids, past_key_values=cache)
-        with pytest.raises(ValueError, match=r"attention_mask must be .* = \[2, 21\]"):
-            generate(receiver, talk, past_key_values=cache, attention_mask=torch.ones(2, 4))
-        with pytest.raises(ValueError, match="use_cache=False is not supported"):
-            generate(receiver, talk, past_key_values=cache, use_cache=False)
-        with pytest.raises(ValueError, match=r"must be empty .* the 10 tokens .* were not fused"):
-            generate(receiver, prompt(), past_key_values=foreign)
-    torch.testing.assert_close(plain_loop.kv_of(cache), before, rtol=0, atol=0)
-    assert foreign.get_seq_length() == 10
 
 
 def state(cache) -> list[dict[str, object]]:
@@ -304,17 +182,3 @@ def test_each_prompt_is_prefilled_once(trio, settings, padded):
     repeats = rows // 3
     torch.testing.assert_close(first, expected.logits[:, 0].repeat_interleave(repeats, 0), **CLOSE)
     assert_visible(expected, receiver, ids, mask)
-
-
-def test_a_cache_that_was_reset_and_filled_by_something_else_is_refused(trio):
-    receiver, sharer, fuser = trio
-    ids = prompt(1, 7)
-    cache = StaticCache(config=receiver.config, max_cache_len=40)
-    with attached(receiver, sharer, fuser):
-        generate(receiver, ids, past_key_values=cache)
-        cache.reset()
-        with torch.no_grad():
-            receiver(input_ids=ids, past_key_values=cache)
-        longer = torch.cat([ids, ids[:, :2]], dim=1)
-        with pytest.raises(ValueError, match="c2c_ext: past_key_values"):
-            generate(receiver, longer, past_key_values=cache)

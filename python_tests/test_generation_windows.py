@@ -14,6 +14,7 @@ from generation_checks import (
     new_tokens,
     prompt,
 )
+from plain_chat import PlainChat
 from transformers import DynamicCache
 
 from c2c_ext.generation import attached
@@ -104,8 +105,8 @@ def test_beams_across_the_window_match_plain_beam_search(trio, length, how):
 def test_a_drafted_second_turn_beyond_the_window_matches_plain_loop(trio, how, kind):
     receiver, sharer, fuser = trio
     ids, said = prompt(1), prompt(1, 4, seed=9)
-    kv = plain_loop.fused_prompt(receiver, sharer, fuser, ids)
-    first = plain_loop.decode(receiver, kv, ids, 2)  # fused tokens stay within reach
+    chat = PlainChat(receiver, [sharer], [fuser])
+    first = chat.turn(ids, 2)  # fused tokens stay within reach
     talk = torch.cat([ids, first.tokens, said], dim=1)
     cache = DynamicCache(**({"config": receiver.config} if kind == "sliding" else {}))
     with attached(receiver, sharer, fuser):
@@ -116,8 +117,6 @@ def test_a_drafted_second_turn_beyond_the_window_matches_plain_loop(trio, how, k
         except ValueError as error:  # transformers 4.57 takes no drafted token back from a window
             assert kind == "sliding" and "Cannot `crop`" in str(error)
             return
-    kv = plain_loop.read_on(receiver, first.kv, talk)
-    choose = plain_loop.forced(new_tokens(output, talk))
-    expected = plain_loop.decode(receiver, kv, talk, STEPS, choose=choose)
+    expected = chat.turn(talk, STEPS, choose=plain_loop.forced(new_tokens(output, talk)))
     assert_same_run(output, talk, expected, kv=False)
     assert_visible(expected, receiver, talk)
