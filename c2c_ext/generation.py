@@ -36,6 +36,7 @@ from .prompt_fusion import Prompt, fuse_prompt, read_on
 from .selection import spans_of
 from .sharer_inputs import checked_inputs
 from .sharers import Sharing
+from .target_cache import check_kept
 
 _ATTACHMENT = "_c2c_attachment"
 
@@ -330,7 +331,10 @@ def _attached_class(original: type) -> type:
             else:
                 kwargs = fuse_prompt(self, attachment.sharing, call.prompt, input_ids, kwargs)
             call.begun = True
-        return original.prepare_inputs_for_generation(self, input_ids, **kwargs)
+        prepared = original.prepare_inputs_for_generation(self, input_ids, **kwargs)
+        if call is not None and call.prompt is not None:
+            check_kept(prepared, kwargs, input_ids)
+        return prepared
 
     namespace = {
         "__module__": original.__module__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +28,8 @@ def read_tokens(
         model: only its base model is run: no logits are needed, and a compiled forward of the
             whole is left alone.
         ids: int64 ``[B, T]``, the new tokens, at least one.
-        position_ids: ``[.., 1 or B, T]``, the new tokens'.
+        position_ids: ``[.., 1 or B, T]``, the new tokens'. A model whose forward does not name them
+            counts by itself, as it does in transformers' own `generate`.
         cache: a transformers Cache whose layers hold N tokens each, which grows; None: a new one
             whose layers keep all tokens, sliding ones too.
         mask: ``[B, N + T]``, 0 where a row is padded; None: nowhere.
@@ -39,14 +41,16 @@ def read_tokens(
     """
     cache = DynamicCache() if cache is None else cache  # without a configuration no layer slides
     held, tokens = int(cache.get_seq_length()), ids.shape[1]
+    positioned = "position_ids" in inspect.signature(type(model).forward).parameters
     for start in range(0, tokens, chunk or tokens):
         end = min(start + (chunk or tokens), tokens)
         model.base_model(
             input_ids=ids[:, start:end],
             attention_mask=None if mask is None else mask[:, : held + end],
-            position_ids=position_ids[..., start:end],
             past_key_values=cache,
             use_cache=True,
+            # A copy: XGLM before transformers 5.17 adds its offset to the tensor itself.
+            **({"position_ids": position_ids[..., start:end].clone()} if positioned else {}),
         )
         _check_kept(role, model, cache, held + end)
     return cache

@@ -14,12 +14,14 @@ from .cache_columns import append, room_problem, unslid
 from .conversation import Conversation, check_tokens, conversation_of, recall, remember
 from .model_kv import ModelKV
 from .padding import check_last_tokens
+from .placement import input_device
 from .position_limit import check_limit
 from .positions import Positions, resolved
 from .prefill import read_tokens
 from .selection import Span
 from .sharer_inputs import SharerInputs
 from .sharers import SharerReading, Sharing, fuse_columns, read_beside, vocabulary_of
+from .target_cache import check_target
 
 # Newer versions of transformers trim the inputs to this many tokens; older ones by cache_position.
 _TRIMS_BY_LENGTH = (
@@ -81,6 +83,7 @@ def fuse_prompt(
         # transformers 5.0 leaves the default cache to the model's forward. Without the model's
         # configuration no layer slides, so that drafted tokens can be taken back.
         cache = DynamicCache()
+    check_target(cache, input_ids.device)
     held = int(cache.get_seq_length())
     if held != prompt.held:
         raise ValueError(
@@ -147,7 +150,7 @@ def _base(
     mark = conversation_of(cache, held)
     if mark is not None:
         check_tokens(mark, cache, input_ids, mask, held)
-    return unslid(cache, held, receiver.device), mark
+    return unslid(cache, held, input_device(receiver)), mark
 
 
 def _spread(rows: Tensor | None, times: int, dim: int = 0) -> Tensor | None:
@@ -226,7 +229,7 @@ def _fused_cache(
         position_ids = _positions(ids, mask)
     counted = prompt.position_ids is None
     check_limit("receiver", receiver, position_ids, counted=counted, more=1)  # the last token's
-    place = receiver.device
+    place = input_device(receiver)
     ids, mask, position_ids, columns = (
         None if t is None else t.to(place) for t in (ids, mask, position_ids, columns)
     )
@@ -311,9 +314,10 @@ def _reading(
         counted = position_ids is None
         if position_ids is None:
             position_ids = _positions(own, mask)
-        token_map = token_map.to(receiver.device)
+        token_map = token_map.to(ids.device)
     check_limit(role, model, position_ids, counted=counted)
-    given = (None if t is None else t.to(model.device) for t in (own, mask, position_ids))
+    there = input_device(model)
+    given = (None if t is None else t.to(there) for t in (own, mask, position_ids))
     return SharerReading(place, role, model, sharing.fusers[place], *given, token_map)
 
 

@@ -17,6 +17,7 @@ from .cache import KVPairs
 from .fuser import Fuser
 from .fusion import fuse
 from .overlap import run_both
+from .placement import on_one_device
 from .prefill import read_tokens
 
 
@@ -127,7 +128,8 @@ def fuse_columns(
     shared = [reading.shared(start, end, first) for reading in readings]
     fusers = [reading.fuser for reading in readings]
     # In place: the caches are the call's own.
-    fuse(base, shared, fusers, fusion=fusion, token_map=maps, inplace=True)
+    with on_one_device(base) as near:
+        fuse(near, shared, fusers, fusion=fusion, token_map=maps, inplace=True)
 
 
 def read_beside(

@@ -7,6 +7,7 @@ Every loop decodes a fixed number of steps; prompts are ``ids [B, P]`` with an o
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -211,11 +212,9 @@ def _full(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 def _step(model, cache, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits ``[B, T, V]`` of ``ids [B, T]``, the last T tokens that ``mask`` speaks of."""
-    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    own = {}
+    if "position_ids" in inspect.signature(type(model).forward).parameters:
+        own["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     return model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
+        input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **own
     ).logits

@@ -126,7 +126,7 @@ WORKS = frozenset(
 )
 # These number the tokens of a padded row from its padding on, attached or not: rows of equal
 # length only. CTRL and Doge before transformers 5.17 and 5.23.
-UNPADDED = frozenset({"ctrl", "doge", "git", "trocr"})
+UNPADDED = frozenset({"ctrl", "doge", "git", "moss_transcribe_diarize", "trocr"})
 # Not tried: transformers before the version builds none from the type's default configuration.
 NOT_BUILT_BEFORE = {
     "dbrx": "5.23",
