@@ -4,6 +4,7 @@
 # make lint   ruff and clang-format, as CI runs them    make clean  everything built or installed here
 # make sanitize   the op's tests under AddressSanitizer and UBSan
 # make train-tiny   trains the demo's fuser by `c2c train`, in minutes
+# make support  runs the tests of architectures and caches and writes docs/support.md from them
 # make check-cuda   compiles every kernel for two GPUs and records what each needs (needs nvcc, no GPU)
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +19,7 @@ TRANSFORMERS ?= 4.57.6 5.0.0 5.17.0 $(shell sed -n 's/^transformers==//p' constr
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 CPP := $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-oldest test-matrix wheel sanitize check-cuda lint format tiny-pair train-tiny \
+.PHONY: demo test test-oldest test-matrix wheel sanitize support check-cuda lint format tiny-pair train-tiny \
   clean
 
 demo: $(VENV)/.built
@@ -47,6 +48,12 @@ sanitize: $(VENV)/.built
 # Writes benchmarks/results/cuda_resources.{json,md}.
 check-cuda: $(VENV)/.built
 	$(VENV)/bin/python tools/check_cuda.py
+
+# Beside one transformers; docs/support.md is of several, each Python with its own:
+# make support PYTHONS="python-with-4.57 python-with-5.23"
+PYTHONS ?= $(VENV)/bin/python
+support: $(VENV)/.built
+	$(VENV)/bin/python tools/support_table.py --record $(PYTHONS)
 
 lint: $(VENV)/.linters
 	$(VENV)/bin/ruff check .

@@ -153,3 +153,26 @@ def test_a_quantised_cache_without_its_package_is_refused_by_transformers():
                 cache_config={"backend": "hqq"},
             )
         assert generate(receiver, prompt()).past_key_values.get_seq_length() == 10 + STEPS
+
+
+def test_a_receiver_that_drops_its_cache_at_a_length_is_stopped_there():
+    """Phi-3's long rotary scaling: what was fused would be read again unfused."""
+    halves = [1.0] * 4
+    scaling = {"type": "longrope", "short_factor": halves, "long_factor": [2.0] * 4}
+    common = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+    config = transformers.Phi3Config(
+        **common,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        original_max_position_embeddings=12,
+        rope_scaling=scaling,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    receiver, sharer = tiny_models.random_model(config, 1), tiny_models.sharer_model()
+    with attached(receiver, sharer, tiny_models.fuser_between(receiver, sharer)):
+        generate(receiver, prompt(1, 9), max_new_tokens=3)
+        with pytest.raises(RuntimeError, match=r"drops its cache at 13 tokens"):
+            generate(receiver, prompt(1, 9), max_new_tokens=8)
+        generate(receiver, prompt(1, 20), max_new_tokens=8)  # beyond it from the beginning
