@@ -11,6 +11,7 @@ import torch
 import c2c_ext.demo
 from c2c_ext.demo import evaluate as ev
 from c2c_ext.demo import world as w
+from c2c_ext.training.recipes import RECIPES, load_recipe
 
 ASSETS = Path(c2c_ext.demo.__file__).parent / "assets"
 SHIPPED_SEED = 0
@@ -143,6 +144,15 @@ def test_shipped_pair_follows_the_cache_it_is_given(pair: ev.Pair) -> None:
     logits, others_truth = ev.answer_swapped(pair, questions)
     assert (others_truth != questions.answers(pair.world)).all()
     assert (logits.argmax(dim=1) == others_truth).float().mean() >= 0.97
+
+
+def test_shipped_fuser_was_trained_with_the_recipe_of_its_name() -> None:
+    """Whoever changes the recipe `tiny` trains the shipped fuser anew (`make train-tiny`)."""
+    shipped = ASSETS / "seed0" / "fuser"
+    assert load_recipe(shipped / "recipe.yaml") == RECIPES["tiny"]
+    log = json.loads((shipped / "training_log.json").read_text())
+    assert log["recipe"] == RECIPES["tiny"].to_dict()
+    assert log["steps"] == RECIPES["tiny"].max_steps
 
 
 def test_shipped_weights_are_of_the_recorded_world() -> None:
