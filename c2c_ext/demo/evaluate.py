@@ -314,8 +314,8 @@ def judge(rows: Sequence[dict], level: float = 0.95) -> Verdict:
     ]
     found = f"outside are {'; '.join(astray)}" if astray else "they are"
     lines = (
-        f"C2C answers at least {right / count:.1%} right everywhere; with another entity's cache "
-        f"it says that entity's fact, at least {follows / count:.1%} (needed: {EXPECTED:.0%}).",
+        f"C2C answers at least {right / count:.1%} right everywhere ({EXPECTED:.0%} are needed).",
+        f"Given another entity's cache it says that entity's fact: at least {follows / count:.1%}.",
         f"Controls that only guess are right {count // w.NUM_VALUES} times of {count} on average; "
         f"in {level:.0%} of cases all their {cells} cells are inside {low} to {high}: {found}.",
     )
