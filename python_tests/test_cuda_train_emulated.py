@@ -256,7 +256,10 @@ def test_token_map(batches, dtype, order):
             assert not gradients["sharer.0.0"][i, :, unread].any()
 
 
-@pytest.mark.parametrize(("tokens", "sharer_tokens"), [(300, 40), (40, 300), (129, 128), (1, 1)])
+LONG = [(300, 40), (40, 300), (129, 128), (9, 129), (1, 1)]
+
+
+@pytest.mark.parametrize(("tokens", "sharer_tokens"), LONG)
 def test_long_token_maps(tokens, sharer_tokens, order):
     """More tokens than a block of the kernel that lists the readers of a token has threads."""
     small = {"receiver": [(1, 2)], "sharer": [(1, 3)], "layer_map": [0]}
