@@ -566,6 +566,17 @@ def test_models_of_different_tokenizers_are_trained_on_aligned_tokens(
     assert setup.fixed["aligner"] == "span"
 
 
+def test_a_missing_chat_template_names_the_option_to_do_without(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(place, here := tmp_path / "here")
+    for side in ("receiver", "sharer"):
+        (here / side / "chat_template.jinja").unlink(missing_ok=True)
+        word_tokenizer(chat_template=None).save_pretrained(here / side)
+    assert train(here, tmp_path / "x") == 2
+    assert "--set chat_template=plain takes the messages' contents" in capsys.readouterr().err
+
+
 def test_a_model_without_a_tokenizer_is_refused(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
