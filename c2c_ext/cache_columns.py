@@ -56,13 +56,13 @@ def cache_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
     return cache
 
 
-def unslid(cache: Any, held: int, device: torch.device) -> DynamicCache:
+def unslid(cache: Any, held: int) -> DynamicCache:
     """A cache of all ``held`` columns of ``cache``, which it leaves alone, for reading on from it.
 
     What a sliding layer has dropped is zero here: the model's own mask hides it.
     """
 
-    def padded(t: Tensor, first: int) -> Tensor:
+    def padded(t: Tensor, first: int, device: torch.device) -> Tensor:
         t = t.to(device)
         if first == 0:
             return t
@@ -71,7 +71,8 @@ def unslid(cache: Any, held: int, device: torch.device) -> DynamicCache:
     pairs = []
     for layer in cache.layers:
         first, keys, values = held_columns(layer, held)
-        pairs.append((padded(keys, first), padded(values, first)))
+        place = getattr(layer, "device", keys.device)  # where it is used, if it is offloaded
+        pairs.append((padded(keys, first, place), padded(values, first, place)))
     return cache_of(pairs)
 
 

@@ -135,35 +135,47 @@ def recall(mark: Conversation, readings: Sequence[Any]) -> None:
             break
 
 
-def remember(cache: Any, ids: Tensor, held: int, readings: Sequence[Any]) -> None:
+def remember(
+    cache: Any,
+    ids: Tensor,
+    held: int,
+    readings: Sequence[Any],
+    earlier: Conversation | None = None,
+) -> None:
     """Hangs the mark on a cache.
 
     Args:
         cache: a transformers Cache that holds ``held`` tokens.
         ids: int64 ``[R, N]``, the tokens of its first columns.
         readings: `sharers.SharerReading` to keep for a later turn.
+        earlier: the mark of earlier turns, for the caches of sharers that this one has not used.
     """
-    shared = tuple(
-        _Shared(
-            weakref.ref(reading.model),
-            reading.ids[:, : reading.held],
-            None if reading.mask is None else reading.mask[:, : reading.held],
-            reading.position_ids[..., : reading.held],
-            [(layer.keys, layer.values) for layer in reading.cache.layers],
-        )
-        for reading in readings
-        if reading.held
+    shared = [_kept(reading) for reading in readings if reading.held]
+    if earlier is not None:
+        used = [reading.model for reading in readings if reading.held]
+        shared += [s for s in earlier.shared if s.model and all(s.model() is not m for m in used)]
+    setattr(cache, _MARK, Conversation(ids.clone(), _sampled(cache, held), tuple(shared)))
+
+
+def _kept(reading: Any) -> _Shared:
+    held = reading.held
+    return _Shared(
+        weakref.ref(reading.model),
+        reading.ids[:, :held],
+        None if reading.mask is None else reading.mask[:, :held],
+        reading.position_ids[..., :held],
+        [(layer.keys, layer.values) for layer in reading.cache.layers],
     )
-    setattr(cache, _MARK, Conversation(ids.clone(), _sampled(cache, held), shared))
 
 
-def extend(cache: Any, sequences: Any) -> None:
+def extend(cache: Any, sequences: Any, readings: Sequence[Any] = ()) -> None:
     """Lets the mark of a cache speak of all that it holds now, after generate.
 
     Args:
         cache: a transformers Cache; without a mark it is left alone.
         sequences: int64 ``[R, prompt and answer]``, the tokens of its rows where they are known;
             anything else: the answer is not known.
+        readings: `sharers.SharerReading` that have read on since; without any, what was remembered.
     """
     mark = getattr(cache, _MARK, None)
     if mark is None:
@@ -178,7 +190,7 @@ def extend(cache: Any, sequences: Any) -> None:
         and torch.equal(sequences[:, :known], ids.to(sequences.device))
     ):
         ids = sequences[:, :held].clone()
-    setattr(cache, _MARK, Conversation(ids, _sampled(cache, held), mark.shared))
+    remember(cache, ids, held, readings, mark)
 
 
 def _in_cache_order(mark: Conversation, cache: Any, held: int) -> Tensor:

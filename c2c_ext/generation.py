@@ -33,6 +33,7 @@ from .generation_arguments import (
 from .padding import shift_of
 from .positions import Positions, fused_columns
 from .prompt_fusion import Prompt, fuse_prompt, read_on
+from .response import Response, check_response
 from .selection import spans_of
 from .sharer_inputs import checked_inputs
 from .sharers import Sharing
@@ -55,6 +56,7 @@ class _Call:
     prompt: Prompt | None  # None: the receiver is to answer alone
     reads_on: bool = False  # what is new of it is read by the receiver alone
     begun: bool = False
+    response: Response | None = None  # to be fused while it grows
     answered_inside: bool = False  # by a generate inside this one
 
     @property
@@ -107,6 +109,7 @@ class _FusedGeneration:
         sharers: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
         sections: Sequence[tuple[int, Any]] | None = None,
         sharer_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        fuse_response: int = 0,
         **kwargs: Any,
     ) -> Any:
         """transformers' `generate`, answering from the fused cache of the prompt.
@@ -154,6 +157,10 @@ class _FusedGeneration:
                 column that it is fused with, or -1, the last one's entry being unused; and
                 ``span``, (receiver's start, sharer's start, length): columns one to one. The sharer
                 reads all of its tokens; only those that are named reach the receiver.
+            fuse_response: generated tokens are fused too, after every so many steps; 0: never. The
+                sharers read the tokens of such a block and it is fused where it stands; what comes
+                later is computed over it. A block that the answer's end leaves incomplete is not
+                fused. Greedy decoding and sampling only.
             *args, **kwargs: as transformers' `generate`; ``attention_mask`` is ``[B, P]``.
                 ``prefill_chunk_size`` bounds what one forward of either model reads of the prompt.
 
@@ -165,7 +172,8 @@ class _FusedGeneration:
                 ``input_ids``; not supported: ``inputs_embeds`` and any other prompt tensor but a
                 mask and position ids, ``use_cache=False``, a ``prefill_chunk_size`` below 1,
                 contrastive search, DoLa, group and constrained beams, drafting from the prompt's
-                hidden states.
+                hidden states; with ``fuse_response``: beams, drafting, ``custom_generate``,
+                ``sharer_inputs``, ``sections``, ``position_ids``, quantised and offloaded caches.
             TypeError: no tensors; an argument of another kind than documented; a
                 ``prefill_chunk_size`` that is no integer.
             RuntimeError: a model kept no cache (gradient checkpointing in training mode), or this
@@ -215,18 +223,37 @@ class _FusedGeneration:
             if shift is not None:
                 columns = shift.move_columns(columns)
                 texts = tuple(None if text is None else text.moved(shift) for text in texts)
+            others = {
+                name: kwargs.get(name)
+                for name in (
+                    "past_key_values",
+                    "position_ids",
+                    "assistant_model",
+                    "custom_generate",
+                )
+            }
+            others |= {"sharer_inputs": sharer_inputs, "sections": sections}
+            every = check_response(
+                fuse_response, settings, others, self, attachment.sharing, length
+            )
             outlives = cache is not None or bool(settings["return_dict_in_generate"])
             chunk, args, kwargs = take_chunk_size(self.generation_config, args, kwargs)
             call.prompt = Prompt(
                 batch, length, columns, position_ids, spans, texts, chunk, held,
-                keeps=outlives and not drafts,
+                keeps=outlives and not drafts, every=every,
             )  # fmt: skip
         with attachment.armed(call):
             output = super().generate(inputs, *args, **kwargs)
         if call.fused and call.prompt.keeps:
             sequences = getattr(output, "sequences", output)
             cache = getattr(output, "past_key_values", kwargs.get("past_key_values"))
-            extend(cache, None if (settings["num_beams"] or 1) > 1 else sequences)
+            if call.response is not None:
+                call.response.fuse_due(cache, sequences)
+            extend(
+                cache,
+                None if (settings["num_beams"] or 1) > 1 else sequences,
+                [] if call.response is None else list(call.response.readings.values()),
+            )
         if not (call.prompt is None or call.begun or call.answered_inside):
             raise RuntimeError(
                 "c2c_ext: generate ended without fusing the prompt: this way of decoding does not "
@@ -329,8 +356,20 @@ def _attached_class(original: type) -> type:
             if call.reads_on:
                 kwargs = read_on(call.prompt, input_ids, kwargs)
             else:
-                kwargs = fuse_prompt(self, attachment.sharing, call.prompt, input_ids, kwargs)
+                sharing, prompt = attachment.sharing, call.prompt
+                kwargs, readings = fuse_prompt(self, sharing, prompt, input_ids, kwargs)
+                if prompt.every:
+                    call.response = Response(
+                        prompt.every,
+                        prompt.length,
+                        readings,
+                        prompt.spans[0].selected,
+                        sharing.fusion,
+                    )
             call.begun = True
+        elif call is not None and call.response is not None:
+            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+            call.response.fuse_due(cache, input_ids, mask)
         prepared = original.prepare_inputs_for_generation(self, input_ids, **kwargs)
         if call is not None and call.prompt is not None:
             check_kept(prepared, kwargs, input_ids)

@@ -20,7 +20,14 @@ from .positions import Positions, resolved
 from .prefill import read_tokens
 from .selection import Span
 from .sharer_inputs import SharerInputs
-from .sharers import SharerReading, Sharing, fuse_columns, read_beside, vocabulary_of
+from .sharers import (
+    SharerReading,
+    Sharing,
+    fuse_columns,
+    positions_of,
+    read_beside,
+    vocabulary_of,
+)
 from .target_cache import check_target
 
 # Newer versions of transformers trim the inputs to this many tokens; older ones by cache_position.
@@ -53,6 +60,18 @@ class Prompt:
     chunk: int | None = None  # tokens that a forward of a prefill reads at most; None: all
     held: int = 0  # tokens of a row that the cache holds already, from earlier turns
     keeps: bool = True  # whether the cache can outlive the call
+    every: int = 0  # generated tokens are fused after so many steps; 0: never
+
+
+@dataclass
+class _Text:
+    """What the receiver reads of a prompt, on its device, and what it did in earlier turns."""
+
+    ids: Tensor  # [batch, n]: the prompt without its last token
+    mask: Tensor | None  # [batch, n]
+    position_ids: Tensor  # [.., 1 or batch, n]
+    counted: bool  # whether these count the tokens
+    spread: int  # how many of the rows here are one row of the prompt
 
 
 def fuse_prompt(
@@ -61,7 +80,7 @@ def fuse_prompt(
     prompt: Prompt,
     input_ids: Tensor,  # [batch * beams, prompt.length or more (drafted tokens)]
     kwargs: dict[str, Any],
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[int, SharerReading]]:
     """Fills the cache to decode from with the fused prompt.
 
     Args:
@@ -69,7 +88,8 @@ def fuse_prompt(
         kwargs: its other arguments.
 
     Returns:
-        the arguments for what is left of the prompt: its last token and any drafted ones.
+        the arguments for what is left of the prompt, its last token and any drafted ones; and what
+        each sharer that is selected, by its place, has read.
     """
     _check_use_cache(kwargs)
     for name, value in kwargs.items():
@@ -98,23 +118,24 @@ def fuse_prompt(
         )
     kwargs = {**kwargs, "past_key_values": cache}
     length = prompt.length - 1
-    mask = kwargs.get("attention_mask")
     repeats = rows // prompt.batch  # beams, return sequences: equal rows stand together
-    readings: list[SharerReading] = []
-    if length > held:
-        # Rows that go on from a cache may differ although their new tokens do not.
-        step, spread = (repeats, 1) if held == 0 else (1, repeats)
-        mask = None if mask is None else mask[::step, : length + 1]
-        check_last_tokens(mask)
-        ids = input_ids[::step, :length]
-        base = mark = None
-        if held:
-            base, mark = _base(cache, receiver, input_ids, mask, held, length)
+    # Rows that go on from a cache may differ although their new tokens do not.
+    step, spread = (repeats, 1) if held == 0 else (1, repeats)
+    mask = kwargs.get("attention_mask")
+    mask = None if mask is None else mask[::step, : length + 1]
+    base = mark = None
+    if held:
+        base, mark = _base(cache, receiver, input_ids, mask, held, length)
+    readings: dict[int, SharerReading] = {}
+    if length > held or prompt.every:
         columns = _spread(resolved(prompt.columns, mask, prompt.length, held), spread)
-        mask = None if mask is None else mask[:, :length]
-        fused, readings = _fused_cache(
-            receiver, sharing, prompt, ids, mask, columns, base, mark, spread
-        )
+        text = _text(receiver, prompt, input_ids[::step, :length], mask, spread)
+        readings = _readings(receiver, sharing, prompt, text)
+        if mark is not None:
+            recall(mark, list(readings.values()))
+    if length > held:
+        check_last_tokens(mask)
+        fused = _fused_cache(receiver, sharing, prompt, text, columns, base, readings)
         pairs = [(layer.keys[:, :, held:], layer.values[:, :, held:]) for layer in fused.layers]
         _fill(cache, pairs, step, held)
     if length > 0:
@@ -122,15 +143,15 @@ def fuse_prompt(
             kwargs["next_sequence_length"] = given - length
         if not _TRIMS_BY_LENGTH or kwargs.get("cache_position") is not None:
             kwargs["cache_position"] = torch.arange(length, given, device=input_ids.device)
-    kept = readings if prompt.keeps else []
-    remember(cache, input_ids[:, : prompt.length], length, kept)
-    return kwargs
+    kept = list(readings.values()) if prompt.keeps else []
+    remember(cache, input_ids[:, : prompt.length], length, kept, mark if prompt.keeps else None)
+    return kwargs, readings
 
 
 def _base(
     cache: Any,
     receiver: PreTrainedModel,
-    input_ids: Tensor,
+    input_ids: Tensor,  # [rows of the cache, length or more]
     mask: Tensor | None,
     held: int,
     length: int,
@@ -150,7 +171,7 @@ def _base(
     mark = conversation_of(cache, held)
     if mark is not None:
         check_tokens(mark, cache, input_ids, mask, held)
-    return unslid(cache, held, input_device(receiver)), mark
+    return unslid(cache, held), mark
 
 
 def _spread(rows: Tensor | None, times: int, dim: int = 0) -> Tensor | None:
@@ -206,44 +227,48 @@ def _fill(cache: Any, fused: list[tuple[Tensor, Tensor]], repeats: int = 1, held
         ) from error
 
 
+def _text(
+    receiver: PreTrainedModel,
+    prompt: Prompt,
+    ids: Tensor,  # [batch, n]
+    mask: Tensor | None,  # [batch, n or more]
+    spread: int,
+) -> _Text:
+    n, counted = ids.shape[1], prompt.position_ids is None
+    mask = None if mask is None else mask[:, :n]
+    if counted:
+        position_ids = positions_of(ids, mask)
+    else:
+        position_ids = _spread(prompt.position_ids[..., :n], spread, -2)
+    check_limit("receiver", receiver, position_ids, counted=counted, more=1)  # the last token's
+    place = input_device(receiver)
+    given = (None if t is None else t.to(place) for t in (ids, mask, position_ids))
+    return _Text(*given, counted, spread)
+
+
+def _readings(
+    receiver: PreTrainedModel, sharing: Sharing, prompt: Prompt, text: _Text
+) -> dict[int, SharerReading]:
+    """What the sharers that are selected are to read; nothing of it is read yet."""
+    chosen = sorted({k for span in prompt.spans for k in span.sharers()})
+    # Made now: each prefill may run on a stream or in a thread of its own.
+    return {k: _reading(receiver, sharing, k, prompt.texts[k], text) for k in chosen}
+
+
 def _fused_cache(
     receiver: PreTrainedModel,
     sharing: Sharing,
     prompt: Prompt,
-    ids: Tensor,  # [batch, n]: the prompt without its last token
-    mask: Tensor | None,  # [batch, n]
-    columns: Tensor | None,  # bool [1 or batch, n]; None: all
+    text: _Text,
+    columns: Tensor | None,  # bool [1 or batch, n]: which to fuse; None: all
     base: DynamicCache | None,  # of the tokens that earlier turns left; None: there are none
-    mark: Conversation | None,  # of those turns
-    spread: int,  # how many of the rows here are one row of the prompt
-) -> tuple[DynamicCache, list[SharerReading]]:
-    """The receiver's cache of ``ids``, fused from ``prompt.held`` on, and what the sharers read.
-
-    No layer of it slides.
-    """
-    n = ids.shape[1]
-    if prompt.position_ids is not None:
-        position_ids = prompt.position_ids[..., :n]
-        position_ids = _spread(position_ids, spread, -2)
-    else:
-        position_ids = _positions(ids, mask)
-    counted = prompt.position_ids is None
-    check_limit("receiver", receiver, position_ids, counted=counted, more=1)  # the last token's
-    place = input_device(receiver)
-    ids, mask, position_ids, columns = (
-        None if t is None else t.to(place) for t in (ids, mask, position_ids, columns)
-    )
-    chosen = sorted({k for span in prompt.spans for k in span.sharers()})
-    # Made now: each prefill may run on a stream or in a thread of its own.
-    readings = {
-        k: _reading(receiver, sharing, k, prompt.texts[k], ids, mask, position_ids, counted, spread)
-        for k in chosen
-    }
-    if mark is not None:
-        recall(mark, list(readings.values()))
-    allowed = columns
+    readings: dict[int, SharerReading],
+) -> DynamicCache:
+    """The receiver's cache of ``text``, fused from ``prompt.held`` on; no layer of it slides."""
+    n, mask = text.ids.shape[1], text.mask
+    allowed = None if columns is None else columns.to(text.ids.device)
     if mask is not None:
-        allowed = mask != 0 if columns is None else (mask != 0) & columns
+        allowed = mask != 0 if allowed is None else (mask != 0) & allowed
     spans = [span for span in prompt.spans if span.start < span.end]
     if not spans or spans[-1].end < n:
         nobody = torch.zeros(1, len(sharing), dtype=torch.bool)
@@ -255,8 +280,8 @@ def _fused_cache(
             return read_tokens(
                 "receiver",
                 receiver,
-                ids[:, span.start : span.end],
-                position_ids=position_ids[..., span.start : span.end],
+                text.ids[:, span.start : span.end],
+                position_ids=text.position_ids[..., span.start : span.end],
                 cache=held,
                 mask=None if mask is None else mask[:, : span.end],
                 chunk=prompt.chunk,
@@ -272,10 +297,10 @@ def _fused_cache(
             [readings[k] for k in here],
             span.start,
             span.end,
-            [_in_rows(allowed, span, k, spread) for k in here],
+            [_in_rows(allowed, span, k, text.spread) for k in here],
             sharing.fusion,
         )
-    return cache, list(readings.values())
+    return cache
 
 
 def _in_rows(allowed: Tensor | None, span: Span, sharer: int, spread: int) -> Tensor | None:
@@ -293,39 +318,27 @@ def _reading(
     receiver: PreTrainedModel,
     sharing: Sharing,
     place: int,
-    text: SharerInputs | None,
-    ids: Tensor,
-    mask: Tensor | None,
-    position_ids: Tensor,
-    counted: bool,
-    spread: int,
+    own: SharerInputs | None,
+    text: _Text,
 ) -> SharerReading:
     """A sharer that is to read its own text or, without one, the receiver's tokens."""
     model, role = sharing.sharers[place], sharing.role(place)
-    token_map = None
-    if text is None:
-        own = _ids_for_sharer(role, receiver, model, ids, mask)
+    token_map, mask, position_ids, counted = None, text.mask, text.position_ids, text.counted
+    if own is None:
+        ids = _ids_for_sharer(role, receiver, model, text.ids, mask)
     else:
-        own, mask = (
-            None if t is None else t.repeat_interleave(spread, 0) for t in (text.ids, text.mask)
+        ids, mask = (
+            None if t is None else t.repeat_interleave(text.spread, 0) for t in (own.ids, own.mask)
         )
-        position_ids = _spread(text.position_ids, spread)
-        token_map = _spread(text.token_map[:, : ids.shape[1]], spread)
+        position_ids = _spread(own.position_ids, text.spread)
         counted = position_ids is None
-        if position_ids is None:
-            position_ids = _positions(own, mask)
-        token_map = token_map.to(ids.device)
+        if counted:
+            position_ids = positions_of(ids, mask)
+        token_map = _spread(own.token_map[:, : text.ids.shape[1]], text.spread).to(text.ids.device)
     check_limit(role, model, position_ids, counted=counted)
     there = input_device(model)
-    given = (None if t is None else t.to(there) for t in (own, mask, position_ids))
+    given = (None if t is None else t.to(there) for t in (ids, mask, position_ids))
     return SharerReading(place, role, model, sharing.fusers[place], *given, token_map)
-
-
-def _positions(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """``[B, N]``: a row's first real token is at 0."""
-    if mask is None:
-        return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    return ((mask != 0).long().cumsum(-1) - 1).clamp(min=0)
 
 
 def _ids_for_sharer(
@@ -339,7 +352,7 @@ def _ids_for_sharer(
     if mask is not None:  # the receiver's padding token need not exist in the sharer
         ids = ids.masked_fill(mask == 0, 0)
     vocabulary = vocabulary_of(sharer)
-    if vocabulary >= vocabulary_of(receiver):
+    if vocabulary >= vocabulary_of(receiver) or ids.numel() == 0:
         return ids  # without asking the device
     largest = int(ids.max())
     if largest >= vocabulary:

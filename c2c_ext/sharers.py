@@ -38,6 +38,13 @@ class Sharing:
         return "sharer" if len(self) == 1 else f"sharer[{place}]"
 
 
+def positions_of(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """``[B, N]``: a row's first real token is at 0."""
+    if mask is None:
+        return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    return ((mask != 0).long().cumsum(-1) - 1).clamp(min=0)
+
+
 def vocabulary_of(model: PreTrainedModel) -> int:
     """How many token ids a model knows."""
     return model.config.get_text_config(decoder=True).vocab_size
@@ -107,13 +114,36 @@ def fuse_columns(
         cache: a transformers Cache whose layers hold all their tokens, at least ``end``.
         readings: the sharers, in the order of fusing; each has read what the columns are fused
             with.
-        allowed: for every reading, bool ``[1 or B, end - start]``: the columns to fuse in each
+        allowed: for every reading, bool ``[1 or B, 1 or end - start]``: the columns to fuse in each
             row. None: all of them.
         fusion: of `fusion_checks.FUSIONS`.
     """
+    fuse_pairs(
+        [(layer.keys[:, :, start:end], layer.values[:, :, start:end]) for layer in cache.layers],
+        readings,
+        start,
+        end,
+        allowed,
+        fusion,
+    )
+
+
+def fuse_pairs(
+    base: KVPairs,
+    readings: Sequence[SharerReading],
+    start: int,
+    end: int,
+    allowed: Sequence[Tensor | None],
+    fusion: str,
+) -> None:
+    """Fuses ``base``, columns ``start .. end - 1`` of a receiver's cache, in place.
+
+    Args:
+        base: (key, value) of every layer, ``[B, H, end - start, D]``.
+        readings, start, end, allowed, fusion: as `fuse_columns`.
+    """
     if not readings or start == end:
         return
-    base = [(layer.keys[:, :, start:end], layer.values[:, :, start:end]) for layer in cache.layers]
     first = base[0][0]
     maps = []
     for reading, columns in zip(readings, allowed, strict=True):

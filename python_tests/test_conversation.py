@@ -66,9 +66,13 @@ def said(turn: int, rows: int = 2, tokens: int = 3) -> Tensor:
 
 
 def answer(receiver, talk: Tensor, cache, **settings):
-    return generate(
-        receiver, talk, **{"past_key_values": cache, "max_new_tokens": STEPS, **settings}
-    )
+    # Given a mask, generate does not take an answered padding token for padding.
+    how = {
+        "past_key_values": cache,
+        "max_new_tokens": STEPS,
+        "attention_mask": torch.ones_like(talk),
+    }
+    return generate(receiver, talk, **{**how, **settings})
 
 
 def spoken(output, turn: int = 1) -> Tensor:
@@ -269,6 +273,59 @@ def test_a_turn_of_one_token_more_reads_nothing(trio):
     assert shared == [(2, 10), (2, 10)]
 
 
+def test_a_chat_without_masks_equals_the_plain_loop(trio):
+    receiver, sharer, fuser = trio
+    chat, cache, talk = PlainChat(receiver, [sharer], [fuser]), DynamicCache(), prompt()
+    with attached(receiver, sharer, fuser):
+        for turn in range(2):
+            output = answer(receiver, talk, cache, attention_mask=None)
+            assert_same_run(output, talk, chat.turn(talk, STEPS))
+            talk = spoken(output, turn)
+
+
+def own_text(tokens: int, turn: int) -> dict:
+    """A sharer's own text of so many tokens; the receiver's new columns are fused with its end."""
+    text = prompt(2, 40, seed=7)[:, :tokens]
+    return {"input_ids": text, "span": (0, 2, 10) if turn == 0 else (13, tokens - 4, 3)}
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_sharer_with_a_text_of_its_own_reads_on_in_it(trio, beams):
+    receiver, sharer, fuser = trio
+    cache = DynamicCache()
+    with attached(receiver, sharer, fuser), Read(sharer) as shared:
+        first = answer(receiver, prompt(), cache, sharer_inputs=own_text(14, 0))
+        if beams > 1:
+            cache.batch_repeat_interleave(beams)
+        talk, settings = spoken(first), {"sharer_inputs": own_text(22, 1)}
+        if beams > 1:
+            settings |= {"num_beams": beams, "max_new_tokens": 1}
+        output = answer(receiver, talk, cache, **settings)
+    assert shared == [(2, 14), (2 * beams, 8)]
+    kv = plain_loop.prefill(receiver, prompt()[:, :10])
+    text = plain_loop.prefill(sharer, own_text(22, 1)["input_ids"])
+    for start, source, count in ((0, 2, 10), (13, 18, 3)):
+        if start:
+            kv = plain_loop.decode(receiver, kv, prompt(), STEPS).kv
+            kv = plain_loop.read_on(receiver, kv, talk)
+        token_map = torch.full((kv[0][0].shape[2],), -1)
+        token_map[start : start + count] = torch.arange(source, source + count)
+        with torch.no_grad():
+            kv = plain_loop.reference.fuse(kv, text, fuser, token_map=token_map)
+    expected = plain_loop.decode(receiver, kv, talk, STEPS)
+    rows = logits_of(output)[::beams] if beams > 1 else logits_of(output)
+    torch.testing.assert_close(rows, expected.logits[:, : rows.shape[1]], **CLOSE)
+
+
+def test_a_sharer_that_a_turn_leaves_out_reads_on_later(pair):
+    receiver, sharers, fusers = pair
+    cache, talk = DynamicCache(), prompt()
+    with attached(receiver, sharers, fusers), Read(sharers[1]) as shared:
+        for turn, chosen in enumerate(([0, 1], [0], [0, 1])):
+            talk = spoken(answer(receiver, talk, cache, sharers=chosen), turn)
+    assert shared == [(2, 10), (2, 12)]
+
+
 @pytest.mark.parametrize("kind", CACHES)
 def test_a_first_turn_of_one_token_begins_a_chat(trio, kind):
     receiver, sharer, fuser = trio
@@ -371,6 +428,10 @@ def test_an_edited_chat_is_refused_until_it_is_cropped(trio):
             with pytest.raises(ValueError, match=message):
                 answer(receiver, edited, cache)
             torch.testing.assert_close(plain_loop.kv_of(cache), before, rtol=0, atol=0)
+        with pytest.raises(ValueError, match=r"row 1 has another one in column 4 "):
+            again = output.sequences.clone()  # nothing new to read but its last token
+            again[1, 4] = 1 + again[1, 4] % 90
+            answer(receiver, again, cache)
         twin = cropped(copy.deepcopy(cache), 4)
         edited[1, 4] = 3
         answer(receiver, edited, twin)
