@@ -19,8 +19,8 @@ TRANSFORMERS ?= 4.57.6 5.0.0 5.17.0 $(shell sed -n 's/^transformers==//p' constr
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 CPP := $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-oldest test-matrix wheel sanitize support check-cuda lint format tiny-pair train-tiny \
-  clean
+.PHONY: demo test test-oldest test-matrix wheel sanitize support check-cuda lint format tiny-pair \
+  train-tiny clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/c2c demo

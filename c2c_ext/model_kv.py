@@ -178,7 +178,8 @@ def _number(text: Any, decoders: str, usual: str) -> Any:
 
 def _layer_kv_shape(text: Any, layer: int, layer_type: str, where: str) -> KVShape:
     per_layer = getattr(text, "per_layer_config", None)
-    config = per_layer[layer] if per_layer is not None else text
+    # As many as the encoder has where text is the decoder of an encoder-decoder.
+    config = per_layer[layer] if per_layer is not None and layer < len(per_layer) else text
     heads = getattr(config, "num_key_value_heads", None)
     if not heads and getattr(config, "multi_query", False):
         # Falcon: the new architecture repeats its key-value heads before it caches them.

@@ -46,6 +46,11 @@ COLUMNS = {
 }
 WORKS = "test_a_model_receives_from_another_of_its_type_as_the_plain_loop_does"
 REFUSED = "test_a_model_without_plain_keys_and_values_is_refused"
+# What else the models of one type show, and how it is said.
+SPECIAL = {
+    "test_an_encoder_that_is_configured_as_a_decoder_works": "with `is_decoder=True`, both roles",
+    "test_the_decoder_of_an_encoder_decoder_shares_by_its_own_numbers": "its decoder, as sharer",
+}
 
 # {module: {function: {case: {"passed": [version], "failed": [version], "reason": text}}}}
 Cases = dict[str, dict[str, dict[str, dict[str, Any]]]]
@@ -153,6 +158,13 @@ def document(data: dict[str, Any]) -> str:
         for kind, entry in sorted(every[REFUSED].items())
     ]
     lines += table(["model type", "reason", "refused"], refused)
+    lines += ["", "Of them, where a part or a setting makes a decoder:", ""]
+    special = [
+        [f"`{kind}`", text, said([entry], versions)]
+        for function, text in SPECIAL.items()
+        for kind, entry in every[function].items()
+    ]
+    lines += table(["model type", "", "works"], special)
     for title, module in (("Caches", "test_cache_kinds"), ("Placement", "test_placement")):
         lines += ["", f"## {title}", ""]
         rows = [
