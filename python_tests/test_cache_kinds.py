@@ -114,6 +114,17 @@ def test_a_quantised_cache_is_no_plain_one():
     assert 1e-3 < (plain - rounded).abs().max() < 2
 
 
+def test_a_second_turn_of_a_quantised_cache_is_refused_by_name():
+    receiver, sharer, fuser = tiny_models.trio()
+    with attached(receiver, sharer, fuser):
+        output = generate(receiver, prompt(), past_key_values=KINDS["quantised"](receiver.config))
+        talk = torch.cat([output.sequences, prompt(2, 4)], dim=1)
+        cache = output.past_key_values
+        with pytest.raises(ValueError, match=r"must hold plain keys and values, a RoundedLayer"):
+            generate(receiver, talk, past_key_values=cache)
+    assert cache.get_seq_length() == 10 + STEPS
+
+
 REFUSED = {
     "encoder-decoder": (
         lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()),
