@@ -153,7 +153,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chat = commands.add_parser(
         "chat", help="talk to two models in the terminal, alone and together (docs/chat.md)"
     )
+    chat.add_argument(
+        "--mode",
+        choices=("receiver", "sharer", "t2t", "c2c", "all"),
+        default="c2c",
+        help="who answers (c2c); all: side by side",
+    )
     _add_chat_options(chat)
+    web = commands.add_parser(
+        "web", help="the same in a browser, with what was fused (docs/chat.md)"
+    )
+    web.add_argument(
+        "--host", metavar="ADDRESS", default="127.0.0.1", help="to listen on (this machine only)"
+    )
+    web.add_argument("--port", metavar="N", type=int, default=7860, help="7860; 0: any free one")
+    _add_chat_options(web)
 
     options = parser.parse_args(arguments)
     if options.command is None and not options.version:
@@ -215,11 +229,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = run_bench(
                 options.tokens, options.dtype, quick=options.quick, json_path=options.json
             )
-        elif options.command == "chat":
-            from .chat.command import run_chat
-
+        elif options.command in ("chat", "web"):
+            if options.command == "chat":
+                from .chat.command import run_chat as run
+            else:
+                from .chat.web import run_web as run
             given = {k: v for k, v in vars(options).items() if k not in ("command", "version")}
-            status = run_chat(**given)
+            status = run(**given)
         else:
             from .info import run_info
 
@@ -255,12 +271,6 @@ def _add_chat_options(chat: argparse.ArgumentParser) -> None:
         chat.add_argument(
             f"--{side}", metavar="DIR", help=f"the {side}: a directory or a Hub name (shipped pair)"
         )
-    chat.add_argument(
-        "--mode",
-        choices=("receiver", "sharer", "t2t", "c2c", "all"),
-        default="c2c",
-        help="who answers (c2c); all: side by side",
-    )
     chat.add_argument("--max-new-tokens", metavar="N", type=int, help="of an answer (256)")
     chat.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0 (default): greedy"

@@ -6,8 +6,8 @@ import io
 import os
 import pty
 import select
+import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from c2c_ext.cli import main
 
 FORM = "Corbin : metal drink colour question : is metal"
 COMMAND = [sys.executable, "-m", "c2c_ext.cli", "chat"]
-PATIENCE = 120  # seconds, for machines under load
+PATIENCE = 60  # seconds, for machines under load
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -210,22 +210,30 @@ def test_bytes_that_are_no_text_are_one_bad_question(
 
 
 class Terminal:
-    """A process on a pseudo-terminal."""
+    """A process on a pseudo-terminal; killed at the end if it is still there."""
 
     def __init__(self, *options: str) -> None:
+        self._unread = b""
         self.process, self.terminal = pty.fork()
         if self.process == 0:
             os.environ |= {"TERM": "dumb", "COLUMNS": "100"}
             os.execv(sys.executable, [*COMMAND, *options])
 
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process:
+            os.kill(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+        os.close(self.terminal)
+
     def until(self, text: str) -> str:
         """Everything that is printed up to and including ``text``."""
-        out, end = b"", time.monotonic() + PATIENCE
-        while text.encode() not in out:
-            ready, _, _ = select.select([self.terminal], [], [], end - time.monotonic())
-            assert ready, f"{text!r} did not come: {out!r}"
-            out += os.read(self.terminal, 1 << 16)
-        return out.decode(errors="replace")
+        while text.encode() not in self._unread:
+            self._unread += self._read(f"{text!r} did not come: {self._unread!r}")
+        out, found, self._unread = self._unread.partition(text.encode())
+        return (out + found).decode(errors="replace")
 
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
@@ -234,44 +242,52 @@ class Terminal:
         """The exit status, once what is printed last was read."""
         while True:
             try:
-                if not os.read(self.terminal, 1 << 16):
-                    break
+                self._read("it does not end")
             except OSError:  # the other end is closed
                 break
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        status = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        self.process = 0
+        return status
+
+    def _read(self, complaint: str) -> bytes:
+        ready, _, _ = select.select([self.terminal], [], [], PATIENCE)
+        assert ready, complaint
+        return os.read(self.terminal, 1 << 16)
 
 
 def test_a_terminal_has_prompts_hints_and_times() -> None:
-    shell = Terminal()
-    greeting = shell.until("c2c> ")
-    assert "The shipped pair speaks a small language" in greeting and FORM in greeting
-    shell.type(FORM + "\n")
-    assert "silver" in shell.until("(right is: silver)")
-    shell.type("/mode t2t\n")
-    shell.until("t2t> ")
-    shell.type("question : rivals metal\n")
-    out = shell.until("(right is: copper)")
-    assert "(the sharer writes) Corbin : metal silver" in out and "first token" in out
-    shell.type("/compare\n")
-    assert "cache to cache" in shell.until("(right is: copper)")
-    shell.type("\x04")
-    assert shell.status() == 0
+    with Terminal() as shell:
+        greeting = shell.until("c2c> ")
+        assert "The shipped pair speaks a small language" in greeting and FORM in greeting
+        shell.type(FORM + "\n")
+        out = shell.until("c2c> ")
+        assert "silver" in out and "(right is: silver)" in out and "first token" in out
+        shell.type("/mode t2t\n")
+        shell.until("t2t> ")
+        shell.type("question : rivals metal\n")
+        out = shell.until("t2t> ")
+        assert "(the sharer writes) Corbin : metal silver" in out and "(right is: copper)" in out
+        shell.type("/compare\n")
+        out = shell.until("t2t> ")
+        assert "cache to cache" in out and "(right is: copper)" in out
+        shell.type("\x03")
+        shell.until("(/quit or Ctrl-D ends)")
+        shell.until("t2t> ")
+        shell.type("\x04")
+        assert shell.status() == 0
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(own_models: list[str]) -> None:
-    shell = Terminal(*own_models, "--max-new-tokens", "1000000")
-    shell.until("c2c> ")
-    shell.type("w3 w14 w15\n")
-    shell.until(" w")
-    shell.type("\x03")
-    shell.until("(stopped)")
-    shell.type("/mode sharer\n")
-    shell.until("sharer> ")
-    shell.type("\x03")
-    shell.until("(/quit or Ctrl-D ends)")
-    shell.type("w3\n")
-    shell.until(" w")
-    shell.type("\x03")
-    shell.until("(stopped)")
-    shell.type("/quit\n")
-    assert shell.status() == 0
+    with Terminal(*own_models, "--max-new-tokens", "1000000") as shell:
+        for mode in ("c2c", "sharer"):
+            shell.until("> ")
+            shell.type(f"/mode {mode}\n")
+            shell.until(f"{mode}> ")
+            shell.type("w3 w14 w15\n")
+            shell.until("w15")  # the echo
+            shell.until(" w")
+            shell.type("\x03")
+            shell.until("(stopped)")
+        shell.until("> ")
+        shell.type("/quit\n")
+        assert shell.status() == 0

@@ -10,6 +10,7 @@ from typing import TextIO
 from ..messages import shown
 from .session import MODES, Answer, Reply, Session
 from .text import columns, encodable, printable
+from .words import LABELS, describe, one_line
 
 ALL = "all"  # a question is answered in every mode
 KEPT = "c2c"  # whose answer then joins the conversation
@@ -20,12 +21,6 @@ HELP = """\
 /reset   forgets the conversation
 /help    this
 /quit    ends, as Ctrl-D does; Ctrl-C stops an answer"""
-LABELS = {
-    "receiver": "receiver alone",
-    "sharer": "sharer alone",
-    "t2t": "text to text",
-    "c2c": "cache to cache",
-}
 
 
 class Terminal:
@@ -148,10 +143,10 @@ class Terminal:
                     blocks.append((LABELS[reply.mode], describe(reply.answer), answer, wrote))
                 except Exception as error:  # the other modes may answer
                     errors.append(error)
-                    blocks.append((LABELS[reply.mode], "failed", _line(error), ""))
+                    blocks.append((LABELS[reply.mode], "failed", one_line(error), ""))
         if self._interactive:
             self._write("\r" + " " * 30 + "\r")
-        if len(errors) == len(blocks) and len(set(map(_line, errors))) == 1:
+        if len(errors) == len(blocks) and len(set(map(one_line, errors))) == 1:
             raise errors[0]
         self._failures += len(errors)
         width = shutil.get_terminal_size().columns if self._interactive else 100
@@ -222,7 +217,7 @@ class Terminal:
 
     def _failed(self, error: BaseException) -> None:
         self._failures += 1
-        print(f"c2c chat: {_line(error)}", file=self._errors, flush=True)
+        print(f"c2c chat: {one_line(error)}", file=self._errors, flush=True)
 
     def _say(self, text: str) -> None:
         self._write(text + "\n")
@@ -230,27 +225,3 @@ class Terminal:
     def _write(self, text: str) -> None:
         self._target.write(encodable(text, self._target.encoding))
         self._target.flush()
-
-
-def describe(answer: Answer) -> str:
-    """What an answer took, in words."""
-    parts = []
-    if answer.stopped:
-        parts.append("stopped")
-    if answer.background_seconds:
-        parts.append(f"sharer wrote for {_seconds(answer.background_seconds)}")
-    if answer.first_token_seconds is not None:
-        parts.append(f"first token {_seconds(answer.first_token_seconds)}")
-    parts.append(f"total {_seconds(answer.seconds)}")
-    parts.append(f"{answer.tokens} token{'' if answer.tokens == 1 else 's'}")
-    return ", ".join(parts)
-
-
-def _seconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-
-
-def _line(error: BaseException) -> str:
-    """An error on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return printable(text.removeprefix("c2c_ext: "))[:500]
