@@ -6,8 +6,11 @@ import io
 import os
 import pty
 import select
+import shutil
 import signal
+import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -133,19 +136,16 @@ def test_escapes_of_a_model_do_not_reach_the_terminal(
     assert not {"\x1b", "\x07", "\x9b"} & set(out)
 
 
-def test_different_tokenizers_are_refused_in_c2c_alone(
+def test_models_of_different_tokenizers_answer_in_every_mode(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, own_models: list[str]
 ) -> None:
     letters = Path(own_models[3]).parent / "letters"
-    letters.mkdir()
-    for file in Path(own_models[3]).iterdir():
-        (letters / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(own_models[3], letters)
     letter_tokenizer().save_pretrained(letters)
     options = [*own_models[:3], str(letters), *own_models[4:], "--max-new-tokens", "4"]
-    assert chat(monkeypatch, "w3\n/mode t2t\nw3", *options) == 1
-    captured = capsys.readouterr()
-    assert "the tokenizers of receiver and sharer differ" in captured.err
-    assert captured.out.count("\n") == 1
+    assert chat(monkeypatch, "w3 w14\n/compare", *options) == 0
+    out = capsys.readouterr().out
+    assert "failed" not in out and out.count("4 tokens") == 4
 
 
 @pytest.mark.parametrize(
@@ -195,6 +195,52 @@ def test_models_that_are_not_there_or_do_not_fit_are_one_clear_line(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "65536"], "--port must be in 0..65535, got 65536"),
+        (["--host", "256.0.0.1"], "--host 256.0.0.1 --port 7860 cannot be used"),
+        (["--temperature", "-1"], "--temperature must be at least 0"),
+    ],
+)
+def test_c2c_web_says_what_is_wrong_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    options: list[str],
+    message: str,
+) -> None:
+    page = types.ModuleType("c2c_ext.chat.web_page")  # without gradio
+    page.launch = None
+    monkeypatch.setitem(sys.modules, page.__name__, page)
+    monkeypatch.delenv("GRADIO_ANALYTICS_ENABLED", raising=False)
+    assert main(["web", *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("c2c web: ") and message in captured.err
+    assert captured.err.count("\n") == 1
+    assert os.environ.pop("GRADIO_ANALYTICS_ENABLED") == "False"
+
+
+def test_without_gradio_c2c_web_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.delenv("GRADIO_ANALYTICS_ENABLED", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    for name in ("web_page", "web_answers"):
+        monkeypatch.delitem(sys.modules, f"c2c_ext.chat.{name}", raising=False)
+    assert main(["web"]) == 2
+    captured = capsys.readouterr()
+    assert 'pip install "c2c_ext[web]"' in captured.err and captured.err.count("\n") == 1
+    del os.environ["GRADIO_ANALYTICS_ENABLED"]
+
+
+def test_c2c_chat_does_not_import_gradio() -> None:
+    code = (
+        "import sys; from c2c_ext.cli import main; import c2c_ext.chat.terminal, c2c_ext.chat.web;"
+        "assert 'gradio' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])

@@ -13,6 +13,7 @@ from chat_models import chat_models
 from local_tokenizers import letter_tokenizer, word_tokenizer
 from torch import Tensor
 
+from c2c_ext import TokenAligner
 from c2c_ext.chat.models import ChatModels, load_models
 from c2c_ext.chat.prompts import ChatPrompts
 from c2c_ext.chat.session import MODES, Reply, Session, Settings
@@ -90,6 +91,26 @@ def test_every_mode_answers_as_its_models_do_and_reads_the_whole_conversation(
 
 def test_the_modes_differ(models: ChatModels) -> None:
     assert len({expected(models, mode, QUESTION) for mode in MODES}) == len(MODES)
+
+
+def test_different_tokenizers_are_aligned() -> None:
+    models = chat_models(None, letter_tokenizer())
+    session = Session(models, Settings(max_new_tokens=TOKENS))
+    text = run(session.ask(QUESTION, "c2c"))
+    aligner = TokenAligner(models.tokenizers["receiver"], models.tokenizers["sharer"])
+    aligned = aligner.apply_chat_template([{"role": "user", "content": QUESTION}])
+    assert bool((aligned.sharer_inputs["token_map"] >= 0).any())
+    with attached(models.receiver, models.sharer, models.fuser) as receiver:
+        out = receiver.generate(
+            **aligned.receiver,
+            sharer_inputs=aligned.sharer_inputs,
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    ids = out[0, aligned.receiver["input_ids"].shape[1] :]
+    assert text == models.tokenizers["receiver"].decode(ids, skip_special_tokens=True)
+    assert text != written(models, "receiver", ids_of(models, "receiver", QUESTION))
 
 
 def test_compare_asks_every_mode_the_same_and_keeps_one_answer(

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..generation_arguments import fused_columns
+from ..positions import fused_columns
+from ..prefill import read_tokens
 from ..weights import LayerWeights, fusion_weights
 from .models import ChatModels
 from .prompts import Message
@@ -44,34 +45,35 @@ def fused_prompt(models: ChatModels, messages: Sequence[Message]) -> FusedPrompt
     shared = models.prompts.shared(messages)
     ids = shared["input_ids"]
     length = ids.shape[1]
-    models.check_length("receiver", length, 0)
-    columns = fused_columns(shared.get("positions"), 1, length)
-    token_map = torch.arange(length)
-    if columns is not None:
+    theirs, token_map = ids[:, :-1], torch.arange(length)
+    if "sharer_inputs" in shared:
+        theirs = shared["sharer_inputs"]["input_ids"]
+        token_map = shared["sharer_inputs"]["token_map"][0].clone()
+    if "positions" in shared:
+        columns = fused_columns(shared["positions"], 1, length)
         token_map[:-1][~columns[0]] = -1
     token_map[-1] = -1
+    models.check_length("receiver", length, 0)
+    models.check_length("sharer", theirs.shape[1], 0)
     layers: list[LayerWeights] = []
     if length > 1:
-        receiver = _prefill(models.receiver, ids[:, :-1])
-        sharer = [
-            (k.to(receiver[0][0]), v.to(receiver[0][0]))
-            for k, v in _prefill(models.sharer, ids[:, :-1])
-        ]
-        layers = fusion_weights(
-            receiver, sharer, models.fuser, token_map[:-1].to(models.receiver.device)
-        )
+        receiver = _read("receiver", models.receiver, ids[:, :-1])
+        like = receiver[0][0]
+        sharer = [(k.to(like), v.to(like)) for k, v in _read("sharer", models.sharer, theirs)]
+        layers = fusion_weights(receiver, sharer, models.fuser, token_map[:-1].to(like.device))
     tokenizers = models.tokenizers
     return FusedPrompt(
         _texts(tokenizers["receiver"], ids),
-        _texts(tokenizers["sharer"], ids),
+        _texts(tokenizers["sharer"], theirs),
         token_map.tolist(),
         layers,
     )
 
 
-def _prefill(model: PreTrainedModel, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    cache = DynamicCache()  # made without the configuration, so that no layer slides
-    model.base_model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
+def _read(role: str, model: PreTrainedModel, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    ids = ids.to(model.device)
+    position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+    cache = read_tokens(role, model, ids, position_ids=position_ids)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 

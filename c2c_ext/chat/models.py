@@ -16,6 +16,7 @@ from ..fuser import Fuser
 from ..messages import shown
 from ..model_files import load_model, load_tokenizer
 from ..model_kv import ModelKV
+from ..position_limit import limit_of
 from ..published import PROJECTOR_CONFIG_NAME
 from ..report import DTYPES
 from ..serialization import CONFIG_NAME
@@ -57,9 +58,8 @@ class ChatModels:
             prompt: tokens that it reads.
             new: tokens that it may generate.
         """
-        text = getattr(self, side).config.get_text_config(decoder=True)
-        limit = getattr(text, "max_position_embeddings", None)
-        if isinstance(limit, int) and prompt + new > limit:
+        limit = limit_of(getattr(self, side))
+        if limit is not None and prompt + new > limit:
             raise ValueError(
                 f"too long: {prompt} tokens to read and {new} to write are more than the {limit} "
                 f"that the {side} was made for"

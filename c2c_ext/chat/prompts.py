@@ -125,19 +125,28 @@ class ChatPrompts:
                     f"the {side}'s chat template refuses the conversation: {text}"
                 ) from error
         else:
-            ids = tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+            ids = tokenizer(_plain(messages))["input_ids"]
         if not ids:
             raise ValueError(f"the {side}'s tokenizer makes no token of this")
         return torch.tensor([ids])
 
     def shared(self, messages: Sequence[Message]) -> dict[str, Any]:
-        """See `Prompts.shared`: the sharer reads the receiver's own token ids."""
-        if not self.same_tokens:
-            raise ValueError(
-                "the tokenizers of receiver and sharer differ, so the two cannot read the same "
-                "token ids"
-            )
-        return {"input_ids": self.encode("receiver", messages)}
+        """See `Prompts.shared`.
+
+        Where the tokenizers differ, the sharer reads its own tokens of the same conversation, and
+        a token map says which of them each receiver token is fused with.
+        """
+        if self.same_tokens:
+            return {"input_ids": self.encode("receiver", messages)}
+        from ..alignment import TokenAligner
+
+        aligner = TokenAligner(*(self.tokenizers[side] for side in SIDES))
+        talk = [dict(message) for message in messages]
+        if any(self.tokenizers[side].chat_template for side in SIDES):
+            aligned = aligner.apply_chat_template(talk)
+        else:
+            aligned = aligner(_plain(messages))
+        return {**aligned.receiver, "sharer_inputs": aligned.sharer_inputs}
 
     def background(
         self,
@@ -171,6 +180,11 @@ def have_same_tokens(
     common = own.keys() & other.keys()
     larger = max(len(own), len(other))
     return len(common) >= SAME_VOCABULARY * larger and all(own[t] == other[t] for t in common)
+
+
+def _plain(messages: Sequence[Message]) -> str:
+    """What a model without a chat template reads."""
+    return "\n".join(message["content"] for message in messages)
 
 
 def _filled(template: str, **values: str) -> str:

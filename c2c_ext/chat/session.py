@@ -182,8 +182,10 @@ class Reply:
         models, settings = self._models, self._settings
         model, tokenizer = getattr(models, side), models.tokenizers[side]
         tokens = tokens or settings.max_new_tokens or models.prompts.max_new_tokens
-        for reader in (side, "sharer") if fused else (side,):
-            models.check_length(reader, input_ids.shape[1], tokens if reader == side else 0)
+        models.check_length(side, input_ids.shape[1], tokens)
+        if fused:
+            theirs = arguments.get("sharer_inputs", {}).get("input_ids", input_ids)
+            models.check_length("sharer", theirs.shape[1], 0)
         arguments = {"attention_mask": torch.ones_like(input_ids), **arguments}
         arguments |= {
             "input_ids": input_ids,

@@ -23,7 +23,7 @@ CSS = """
              margin: 6px 0; padding: 6px 12px; border-radius: 8px;
              background: var(--background-fill-secondary)}
 #chat .user {margin-left: auto; background: var(--color-accent-soft)}
-.quiet {color: var(--body-text-color-subdued); font-size: 14px}
+.quiet {opacity: 0.75; font-size: 14px}
 #status {padding: 8px 4px 0 4px; min-height: 30px; font-variant-numeric: tabular-nums}
 #wrote {padding: 2px 4px; white-space: pre-wrap; overflow-wrap: anywhere}
 #sides {display: grid; grid-template-columns: repeat(4, 1fr); gap: 10px; margin-top: 8px}
