@@ -1,6 +1,7 @@
 # make demo   two models talk through their caches      make test   the whole test suite
 # make wheel  dist/: source distribution and manylinux wheel, both checked
 # make test-oldest, make test-matrix   the suite beside the oldest, beside every tested transformers
+# make test-web   c2c web in a headless Chromium (Debian's, installed if there is none and you are root)
 # make lint   ruff and clang-format, as CI runs them    make clean  everything built or installed here
 # make sanitize   the op's tests under AddressSanitizer and UBSan
 # make train-tiny   trains the demo's fuser by `c2c train`, in minutes
@@ -19,14 +20,18 @@ TRANSFORMERS ?= 4.57.6 5.0.0 5.17.0 $(shell sed -n 's/^transformers==//p' constr
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 CPP := $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-oldest test-matrix wheel sanitize support check-cuda lint format tiny-pair \
-  train-tiny clean
+.PHONY: demo test test-web test-oldest test-matrix wheel sanitize support check-cuda lint format \
+  tiny-pair train-tiny clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/c2c demo
 
 test: $(VENV)/.built
 	$(VENV)/bin/python -m pytest
+
+# The page of `c2c web` in a real browser; needs network once, for gradio, selenium and Chromium.
+test-web: $(VENV)/.built
+	tools/test_web.sh $(VENV)/bin/python
 
 # The oldest supported transformers, on a wheel that pip builds in isolation, outside the checkout.
 test-oldest:

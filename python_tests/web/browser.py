@@ -18,7 +18,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 Found = TypeVar("Found")
-PATIENCE = 15.0  # seconds, for machines under load
+PATIENCE = 60.0  # seconds, for machines under load
 OPTIONS = (
     "--headless",
     "--no-sandbox",
