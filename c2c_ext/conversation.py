@@ -21,6 +21,7 @@ from .cache import KVPairs
 from .cache_columns import cache_of, held_columns
 
 _MARK = "_c2c_fused"
+PADDED = -1
 _SAMPLE = 4  # channels of a key: enough to tell two tokens of different histories apart
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -60,7 +61,8 @@ class _Shared:
 class Conversation:
     """The mark."""
 
-    ids: Tensor  # int64 [R, N]: the tokens of the first columns, all that are known
+    ids: Tensor  # int64 [R, N]: the tokens of the first columns, all that are known; or PADDED
+    read: int  # columns of them that were a prompt's, not an answer's: its mask is known
     sample: _Sample | None  # None: no layer holds what could be compared
     shared: tuple[_Shared, ...]
 
@@ -73,7 +75,9 @@ def conversation_of(cache: Any, held: int) -> Conversation | None:
         held: tokens that it holds.
     """
     mark = getattr(cache, _MARK, None)
-    if mark is None or mark.sample is None:
+    if not isinstance(mark, Conversation):
+        return None
+    if mark.sample is None:
         return mark
     return mark if bool(_same_keys(mark.sample, cache, held).any(1).all()) else None
 
@@ -81,7 +85,7 @@ def conversation_of(cache: Any, held: int) -> Conversation | None:
 def check_tokens(
     mark: Conversation, cache: Any, ids: Tensor, mask: Tensor | None, held: int
 ) -> None:
-    """``input_ids`` must begin with the tokens that the cache holds.
+    """``input_ids`` and ``attention_mask`` must begin with what the cache holds.
 
     Args:
         cache: which ``mark`` is of.
@@ -90,26 +94,41 @@ def check_tokens(
         held: tokens in the cache.
 
     Raises:
-        ValueError: another token; names its row and column.
+        ValueError: another token, or another padding; names its row and column.
     """
     known = min(held, mark.ids.shape[1])
     if known == 0 or len(ids) == 0:
         return
-    old, new = mark.ids[:, :known].to(ids.device), ids[:, :known]
-    skipped = torch.zeros_like(new, dtype=torch.bool) if mask is None else mask[:, :known] == 0
+    old, new = mark.ids[:, :known].to(ids.device), padded(ids, mask)[:, :known]
+    # An answer may have ended before those of other rows, and be masked from there on.
+    skipped = (new == PADDED) & (torch.arange(known, device=new.device) >= mark.read)
     same_rows = None
     if mark.sample is not None and len(old) > 1:
         same_rows = _same_keys(mark.sample, cache, held).to(ids.device)
     for row in range(len(new)):
         candidates = old if same_rows is None else old[same_rows[row]]
         agree = (candidates == new[row]) | skipped[row]
-        if not bool(agree.all(1).any()):
-            column = int(_leading(agree).max())
+        if bool(agree.all(1).any()):
+            continue
+        lengths = _leading(agree)
+        column = int(lengths.max())
+        before, now = int(candidates[int(lengths.argmax()), column]), int(new[row, column])
+        if PADDED in (before, now):
+            what = "masks" if now == PADDED else "does not mask"
             raise ValueError(
-                "c2c_ext: input_ids must begin with the tokens that past_key_values holds: row "
-                f"{row} has another one in column {column} (crop the cache to its first {column} "
-                "tokens to go on from there)"
+                "c2c_ext: attention_mask must mark the tokens that past_key_values holds as it did "
+                f"when they were read: row {row} {what} column {column}"
             )
+        raise ValueError(
+            f"c2c_ext: input_ids must begin with the tokens that past_key_values holds: row {row} "
+            f"has another one in column {column} (crop the cache to its first {column} tokens to "
+            "go on from there)"
+        )
+
+
+def padded(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """``ids [R, N]`` with `PADDED` where ``mask [R, N or more]`` is 0."""
+    return ids if mask is None else ids.masked_fill(mask[:, : ids.shape[1]] == 0, PADDED)
 
 
 def recall(mark: Conversation, readings: Sequence[Any]) -> None:
@@ -138,6 +157,7 @@ def recall(mark: Conversation, readings: Sequence[Any]) -> None:
 def remember(
     cache: Any,
     ids: Tensor,
+    read: int,
     held: int,
     readings: Sequence[Any],
     earlier: Conversation | None = None,
@@ -146,7 +166,8 @@ def remember(
 
     Args:
         cache: a transformers Cache that holds ``held`` tokens.
-        ids: int64 ``[R, N]``, the tokens of its first columns.
+        ids: int64 ``[R, N]``, the tokens of its first columns, or `PADDED`.
+        read: columns of them that were a prompt's.
         readings: `sharers.SharerReading` to keep for a later turn.
         earlier: the mark of earlier turns, for the caches of sharers that this one has not used.
     """
@@ -154,7 +175,7 @@ def remember(
     if earlier is not None:
         used = [reading.model for reading in readings if reading.held]
         shared += [s for s in earlier.shared if s.model and all(s.model() is not m for m in used)]
-    setattr(cache, _MARK, Conversation(ids.clone(), _sampled(cache, held), tuple(shared)))
+    setattr(cache, _MARK, Conversation(ids.clone(), read, _sampled(cache, held), tuple(shared)))
 
 
 def _kept(reading: Any) -> _Shared:
@@ -187,10 +208,11 @@ def extend(cache: Any, sequences: Any, readings: Sequence[Any] = ()) -> None:
         isinstance(sequences, Tensor)
         and sequences.shape[0] == len(ids)
         and sequences.shape[1] >= max(held, known)
-        and torch.equal(sequences[:, :known], ids.to(sequences.device))
     ):
-        ids = sequences[:, :held].clone()
-    remember(cache, ids, held, readings, mark)
+        ids, answered = ids.to(sequences.device), sequences[:, known:held]
+        if bool(((sequences[:, :known] == ids) | (ids == PADDED)).all()):
+            ids = torch.cat([ids, answered], dim=1)[:, :held]
+    remember(cache, ids, mark.read, held, readings, mark)
 
 
 def _in_cache_order(mark: Conversation, cache: Any, held: int) -> Tensor:

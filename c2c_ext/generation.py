@@ -233,6 +233,8 @@ class _FusedGeneration:
                 )
             }
             others |= {"sharer_inputs": sharer_inputs, "sections": sections}
+            if len(args) > 5:  # as generate's own signature has it
+                others["assistant_model"] = args[5]
             every = check_response(
                 fuse_response, settings, others, self, attachment.sharing, length
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from .cache_columns import append, room_problem, unslid
-from .conversation import Conversation, check_tokens, conversation_of, recall, remember
+from .conversation import Conversation, check_tokens, conversation_of, padded, recall, remember
 from .model_kv import ModelKV
 from .padding import check_last_tokens
 from .placement import input_device
@@ -144,7 +144,9 @@ def fuse_prompt(
         if not _TRIMS_BY_LENGTH or kwargs.get("cache_position") is not None:
             kwargs["cache_position"] = torch.arange(length, given, device=input_ids.device)
     kept = list(readings.values()) if prompt.keeps else []
-    remember(cache, input_ids[:, : prompt.length], length, kept, mark if prompt.keeps else None)
+    tokens = padded(input_ids[:, : prompt.length], kwargs.get("attention_mask"))
+    earlier = mark if prompt.keeps else None
+    remember(cache, tokens, prompt.length, length, kept, earlier)
     return kwargs, readings
 
 

@@ -225,6 +225,24 @@ def test_padded_rows_chat_like_the_plain_loop_and_alone(trio):
             mask = torch.cat([mask, torch.ones(3, STEPS + 3, dtype=torch.long)], dim=1)
 
 
+@pytest.mark.parametrize(
+    ("row", "column", "what"), [(0, 3, "masks"), (1, 5, "does not mask"), (2, 10, "masks")]
+)
+def test_a_mask_that_contradicts_earlier_turns_is_refused(trio, row, column, what):
+    receiver, sharer, fuser = trio
+    ids, mask = left_padded((11, 5, 1))
+    cache = DynamicCache()
+    with attached(receiver, sharer, fuser):
+        talk = spoken(answer(receiver, ids, cache, attention_mask=mask))
+        later = torch.cat([mask, torch.ones(3, STEPS + 3, dtype=torch.long)], dim=1)
+        wrong = later.clone()
+        wrong[row, column] = 1 - wrong[row, column]
+        message = rf"attention_mask must mark .*: row {row} {what} column {column}$"
+        with pytest.raises(ValueError, match=message):
+            answer(receiver, talk, cache, attention_mask=wrong)
+        answer(receiver, talk, cache, attention_mask=later)
+
+
 def test_rows_that_ended_early_go_on_behind_their_padding(trio):
     receiver, sharer, fuser = trio
     first = prompt(seed=4)
@@ -239,6 +257,11 @@ def test_rows_that_ended_early_go_on_behind_their_padding(trio):
         mask = torch.ones_like(talk)
         mask[0, 12:14] = 0
         again = answer(receiver, talk, cache, attention_mask=mask)
+        third, ones = spoken(again, 2), torch.ones(2, STEPS + 3, dtype=torch.long)
+        twin = copy.deepcopy(cache)
+        answer(receiver, third, twin, attention_mask=torch.cat([mask, ones], dim=1))
+        with pytest.raises(ValueError, match=r"attention_mask must mark .* mask column 12$"):
+            answer(receiver, third, cache)
     alone = torch.cat([first[:1], torch.tensor([[end]]), said(1)[:1]], dim=1)
     chat = PlainChat(receiver, [sharer], [fuser])
     chat.turn(first[:1], 2)  # the answered end is in the cache, unfused
@@ -681,6 +704,15 @@ def test_a_cache_without_plain_keys_is_not_gone_on_from(trio):
         layer._quantize = lambda t: t  # what a quantised layer has
         with pytest.raises(ValueError, match=r"must hold plain keys and values, a Dynamic\w*Layer"):
             generate(receiver, spoken(output), past_key_values=cache)
+
+
+def test_a_mark_of_another_kind_is_no_mark(trio):
+    receiver, sharer, fuser = trio
+    with attached(receiver, sharer, fuser):
+        output = generate(receiver, prompt())
+        output.past_key_values._c2c_fused = True
+        with pytest.raises(ValueError, match="past_key_values must be empty or come from"):
+            generate(receiver, spoken(output), past_key_values=output.past_key_values)
 
 
 def test_a_failing_later_turn_leaves_the_chat_as_it_was(trio):

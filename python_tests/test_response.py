@@ -308,6 +308,14 @@ def test_what_does_not_go_with_it_is_refused_by_name(trio, case):
             generate(receiver, prompt(), **{"fuse_response": 2, **settings})
 
 
+def test_an_assistant_given_by_its_place_is_refused_by_name(trio):
+    receiver, sharer, fuser = trio
+    assistant = tiny_models.receiver_model(num_hidden_layers=1)
+    with attached(receiver, sharer, fuser):
+        with pytest.raises(ValueError, match="does not go with assistant_model"):
+            receiver.generate(prompt(1), *[None] * 5, assistant, fuse_response=1)
+
+
 def test_a_cache_that_moves_its_layers_is_refused(trio):
     receiver, sharer, fuser = trio
     cache = DynamicCache()
