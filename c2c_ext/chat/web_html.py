@@ -18,7 +18,8 @@ CSS = """
 #heat {overflow-x: auto; background: white}
 #chat {height: 300px; overflow-y: auto; padding: 12px; border-radius: 6px;
        border: 1px solid var(--border-color-primary); background: var(--background-fill-primary);
-       display: flex; flex-direction: column-reverse; justify-content: flex-end}
+       display: flex; flex-direction: column-reverse}  /* so that the end is seen */
+#chat > div {margin-bottom: auto}
 #chat .turn {white-space: pre-wrap; overflow-wrap: anywhere; width: fit-content; max-width: 80%;
              margin: 6px 0; padding: 6px 12px; border-radius: 8px;
              background: var(--background-fill-secondary)}

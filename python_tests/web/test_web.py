@@ -208,6 +208,7 @@ def test_html_of_models_and_users_is_not_rendered(browser: Browser, own: Server)
     browser.one("#compare").click()
     browser.wait(lambda: "kept" in browser.status, "the comparison")
     browser.wait(lambda: browser.shows("#heat svg"), "the heat map")
+    assert last_turn_is_seen(browser)
     said = browser.one("#chat").text
     assert [text for text in HOSTILE if text not in said] == []
     # The models say such words too.
@@ -218,6 +219,17 @@ def test_html_of_models_and_users_is_not_rendered(browser: Browser, own: Server)
         browser.driver.execute_script(f'return document.querySelectorAll("{inside}").length') == 0
     )
     assert browser.driver.title == "c2c"
+
+
+def last_turn_is_seen(browser: Browser) -> bool:
+    """Whether a conversation that is longer than its place shows its end."""
+    return browser.driver.execute_script(
+        "const chat = document.querySelector('#chat'), turns = chat.querySelectorAll('.turn');"
+        "const place = chat.getBoundingClientRect();"
+        "const last = turns[turns.length - 1].getBoundingClientRect();"
+        "return chat.scrollHeight > chat.clientHeight && last.top > place.top"
+        " && last.bottom <= place.bottom"
+    )
 
 
 def test_a_failing_model_does_not_lose_the_conversation(
