@@ -411,9 +411,13 @@ def test_dropout_is_keyed_by_step_and_samples():
         assert torch.equal(torch.get_rng_state(), state)
         torch.manual_seed(123)
         assert same_bits(model(**batch).loss, first)
-        for changed in ({"sample_ids": [1, 2, 3, 5]}, {"step": 1}, {"seed": 6}):
+        for changed in ({"sample_ids": [9, 2, 3, 4]}, {"step": 1}, {"seed": 6}):
             model.step, model.seed = changed.pop("step", 0), changed.pop("seed", 5)
             assert not same_bits(model(**{**batch, **changed}).loss, first)
+        model.step, model.seed = 0, 5
+        other = model(**{**batch, "sample_ids": [9, 2, 3, 4]}).logits
+        rows = zip(other, model(**batch).logits, strict=True)
+        assert [same_bits(a, b) for a, b in rows] == [False, True, True, True]
         del batch["sample_ids"]  # then the default generator's
         model.step, model.seed = 0, 5
         torch.manual_seed(0)
