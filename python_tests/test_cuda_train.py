@@ -39,6 +39,7 @@ def busy_step(dtype=torch.bfloat16, **changes) -> Step:
 def test_equals_the_cpus_op(gpu, changes, shape, recompute):
     """Dropout and all: both devices keep the same elements."""
     step = busy_step(torch.float64, **{**shape, **changes})
+    step.row_seeds = torch.tensor([3, -(2**40)]) if shape else None
     theirs, ours = run(step), run(step.to(gpu), recompute=recompute)
     for x, t in zip(flat(ours[0]), flat(theirs[0]), strict=True):
         assert relative_error(x.cpu(), t) <= 1e-12
