@@ -99,7 +99,7 @@ def check_tokens(
     known = min(held, mark.ids.shape[1])
     if known == 0 or len(ids) == 0:
         return
-    old, new = mark.ids[:, :known].to(ids.device), padded(ids, mask)[:, :known]
+    old, new = mark.ids[:, :known].to(ids.device), padded(ids[:, :known], mask)
     # An answer may have ended before those of other rows, and be masked from there on.
     skipped = (new == PADDED) & (torch.arange(known, device=new.device) >= mark.read)
     same_rows = None
