@@ -56,12 +56,13 @@ SPECIAL = {
 Cases = dict[str, dict[str, dict[str, dict[str, Any]]]]
 
 
-def record(pythons: Sequence[str]) -> dict[str, Any]:
-    """Runs the tests under each interpreter."""
+def record(pythons: Sequence[str]) -> None:
+    """Runs the tests under each interpreter; what ran stands in the results file after each."""
     commit, dirty = commit_of(ROOT)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    data: dict[str, Any] = {"commit": commit, "dirty": dirty, "date": date, "runs": []}
     cases: Cases = {}
+    runs: list[dict[str, str]] = []
+    data = {"commit": commit, "dirty": dirty, "date": date, "runs": runs, "cases": cases}
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for python in pythons:
         with tempfile.TemporaryDirectory() as directory:
@@ -72,8 +73,8 @@ def record(pythons: Sequence[str]) -> dict[str, Any]:
             command = [python, "-m", "pytest", "-q", f"--junitxml={report}", *files]
             subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr)
             add_report(cases, report.read_text("utf-8"), versions["transformers"])
-        data["runs"].append(versions)
-    return {**data, "cases": cases}
+        runs.append(versions)
+        write_text(RESULTS, json.dumps(data, indent=1) + "\n")
 
 
 def add_report(cases: Cases, report: str, version: str) -> None:
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--record", nargs="+", metavar="PYTHON", help="run the tests first")
     options = parser.parse_args(argv)
     if options.record:
-        write_text(RESULTS, json.dumps(record(options.record), indent=1) + "\n")
+        record(options.record)
     text = document(json.loads(RESULTS.read_text("utf-8")))
     if options.check:
         if not DOCUMENT.is_file() or DOCUMENT.read_text("utf-8") != text:
