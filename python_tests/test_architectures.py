@@ -49,14 +49,14 @@ _WIDE = {"head_dim": 12}  # not hidden_size / num_attention_heads
 _SLIDING = {"sliding_window": WINDOW}
 _ONE_FULL = ["sliding_attention", "full_attention", "sliding_attention"]
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
-# Name: configuration, what it changes, and what is special.
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "Qwen2": ("Qwen2Config", {}, "biases on queries, keys and values"),
-    "Qwen3": ("Qwen3Config", _WIDE, "norms of queries and keys; head_dim of its own"),
-    "Llama": ("LlamaConfig", {}, ""),
-    "Mistral": ("MistralConfig", {**_WIDE, **_SLIDING}, "every layer slides"),
-    "Gemma": ("GemmaConfig", _WIDE, "head_dim of its own; scaled embeddings"),
-    "Gemma 2": (
+# Name: configuration and what it changes.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen2": ("Qwen2Config", {}),  # biases on queries, keys and values
+    "Qwen3": ("Qwen3Config", _WIDE),  # norms of queries and keys
+    "Llama": ("LlamaConfig", {}),
+    "Mistral": ("MistralConfig", {**_WIDE, **_SLIDING}),  # every layer slides
+    "Gemma": ("GemmaConfig", _WIDE),
+    "Gemma 2": (  # every other layer slides
         "Gemma2Config",
         {
             **_WIDE,
@@ -65,21 +65,18 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str]] = {
             "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 5.0,
         },
-        "every other layer slides; soft caps; query scaling",
     ),
-    "Gemma 3": (
+    "Gemma 3": (  # two rotary bases
         "Gemma3TextConfig",
         {**_WIDE, **_SLIDING, "query_pre_attn_scalar": 7, "layer_types": _ONE_FULL},
-        "sliding and full layers of two rotary bases; query scaling",
     ),
-    "Phi-3": ("Phi3Config", _SLIDING, "queries, keys and values from one product; slides"),
-    "Mixtral": ("MixtralConfig", {"num_local_experts": 3, "num_experts_per_tok": 2}, "experts"),
+    "Phi-3": ("Phi3Config", _SLIDING),  # queries, keys and values from one product
+    "Mixtral": ("MixtralConfig", {"num_local_experts": 3, "num_experts_per_tok": 2}),
     "Qwen3-MoE": (
         "Qwen3MoeConfig",
         {**_WIDE, **_EXPERTS, "num_experts": 3, "decoder_sparse_step": 1},
-        "experts; norms of queries and keys",
     ),
-    "GPT-OSS": (
+    "GPT-OSS": (  # attention sinks
         "GptOssConfig",
         {
             **_WIDE,
@@ -88,36 +85,38 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str]] = {
             "num_local_experts": 3,
             "num_experts_per_tok": 2,
         },
-        "experts; attention sinks; every other layer slides",
     ),
-    "OLMo 2": ("Olmo2Config", {}, "norms behind attention and feed-forward"),
-    "Cohere 2": (
+    "OLMo 2": ("Olmo2Config", {}),  # norms behind attention and feed-forward
+    "Cohere 2": (  # its full layer has no positions
         "Cohere2Config",
         {**_SLIDING, "layer_types": _ONE_FULL},
-        "sliding layers; full layers without positions; parallel blocks",
     ),
-    "GPT-NeoX": ("GPTNeoXConfig", {"num_key_value_heads": None}, "partial rotary; parallel blocks"),
-    "GPT-2": (
+    "GPT-NeoX": ("GPTNeoXConfig", {"num_key_value_heads": None}),  # rotates a part of each head
+    "GPT-2": (  # learned absolute positions
         "GPT2Config",
-        {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "num_key_value_heads": None},
-        "learned absolute positions",
+        {
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 128,
+            "num_key_value_heads": None,
+        },
     ),
-    "Falcon": ("FalconConfig", {"num_key_value_heads": None}, "one key-value head for all"),
-    "BLOOM": (
+    "Falcon": ("FalconConfig", {"num_key_value_heads": None}),  # one key-value head for all
+    "BLOOM": (  # positions by attention bias
         "BloomConfig",
         {"n_layer": 3, "n_head": 4, "num_key_value_heads": None},
-        "positions by attention bias (ALiBi)",
     ),
 }
-_OTHERS_NAMES = ("num_hidden_layers", "num_attention_heads", "intermediate_size")
-_SLIDES = [name for name, (_, changes, _) in ARCHITECTURES.items() if "sliding_window" in changes]
+_NAMES_OF_OTHERS = ("num_hidden_layers", "num_attention_heads", "intermediate_size")
+_SLIDES = [name for name, (_, changes) in ARCHITECTURES.items() if "sliding_window" in changes]
 
 
 def model_of(name: str, seed: int = 1, dtype: torch.dtype = torch.float32):
-    kind, changes, _ = ARCHITECTURES[name]
+    kind, changes = ARCHITECTURES[name]
     values = {**_COMMON, **changes}
     if "n_layer" in changes:  # names of its own
-        values = {key: value for key, value in values.items() if key not in _OTHERS_NAMES}
+        values = {key: value for key, value in values.items() if key not in _NAMES_OF_OTHERS}
     values = {key: value for key, value in values.items() if value is not None or "eos" in key}
     return tiny_models.random_model(getattr(transformers, kind)(**values), seed).to(dtype)
 

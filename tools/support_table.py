@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -130,7 +131,7 @@ def document(data: dict[str, Any]) -> str:
             for f in COLUMNS
         ]
         rows.append([name, *cells])
-    lines += table(["", *COLUMNS.values()], rows)
+    lines += table(["architecture", *COLUMNS.values()], rows)
     lines += [
         "",
         "An empty cell: no layer of it slides. Every receiver is attached to a Llama and every "
@@ -155,17 +156,17 @@ def document(data: dict[str, Any]) -> str:
         "",
     ]
     refused = [
-        [f"`{kind}`", entry.get("reason", ""), said([entry], versions)]
+        [f"`{kind}`", re.sub(r"^model type '.*?':? ", "", entry["reason"]), said([entry], versions)]
         for kind, entry in sorted(every[REFUSED].items())
     ]
-    lines += table(["model type", "reason", "refused"], refused)
+    lines += table(["model type", "reason", "holds"], refused)
     lines += ["", "Of them, where a part or a setting makes a decoder:", ""]
     special = [
         [f"`{kind}`", text, said([entry], versions)]
         for function, text in SPECIAL.items()
         for kind, entry in every[function].items()
     ]
-    lines += table(["model type", "", "works"], special)
+    lines += table(["model type", "how", "holds"], special)
     for title, module in (("Caches", "test_cache_kinds"), ("Placement", "test_placement")):
         lines += ["", f"## {title}", ""]
         rows = [
@@ -173,7 +174,7 @@ def document(data: dict[str, Any]) -> str:
             for function, cases in data["cases"][module].items()
             for case, entry in cases.items()
         ]
-        lines += table(["", "case", "holds"], rows)
+        lines += table(["what", "case", "holds"], rows)
     lines += [
         "",
         "Not run: offloaded caches and `device_map` over several GPUs, for want of such machines. "
