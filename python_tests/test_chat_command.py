@@ -17,7 +17,7 @@ import pytest
 from chat_models import save_chat_models
 from local_tokenizers import WORDS, letter_tokenizer, word_tokenizer
 
-from c2c_ext.chat import terminal
+from c2c_ext.chat import terminal, web
 from c2c_ext.cli import main
 
 FORM = "Corbin : metal drink colour question : is metal"
@@ -220,6 +220,32 @@ def test_c2c_web_says_what_is_wrong_in_one_line(
     assert captured.err.startswith("c2c web: ") and message in captured.err
     assert captured.err.count("\n") == 1
     assert os.environ.pop("GRADIO_ANALYTICS_ENABLED") == "False"
+
+
+@pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("127.0.0.1", False)])
+def test_c2c_web_warns_where_others_can_reach_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, host: str, warned: bool
+) -> None:
+    served: list[tuple[str, int, bool]] = []
+
+    def launch(models: object, settings: object, *where: object) -> types.SimpleNamespace:
+        served.append(where)
+        return types.SimpleNamespace(close=lambda verbose: None)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    page = types.ModuleType("c2c_ext.chat.web_page")  # without gradio
+    page.launch = launch
+    monkeypatch.setitem(sys.modules, page.__name__, page)
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
+    monkeypatch.setattr(web, "_wait", interrupt)
+    assert main(["web", "--host", host, "--port", "0"]) == 0
+    captured = capsys.readouterr()
+    assert ("no password" in captured.err) is warned
+    ((at, port, loopback),) = served
+    assert (at, loopback) == (host, not warned) and f"http://{host}:{port} " in captured.out
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
 
 
 def test_without_gradio_c2c_web_says_what_to_install(

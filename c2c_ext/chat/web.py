@@ -44,12 +44,16 @@ def run_web(host: str, port: int, **options: Any) -> int:
         shown_host = f"[{host}]" if ":" in host else host
         print(f"c2c web: http://{shown_host}:{port}  (Ctrl-C ends it)", flush=True)
         try:
-            threading.Event().wait()
+            _wait()
         except KeyboardInterrupt:
             return 0
         finally:
             server.close(verbose=False)
     return 0
+
+
+def _wait() -> None:
+    threading.Event().wait()
 
 
 def is_loopback(host: str) -> bool:
