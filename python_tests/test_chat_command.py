@@ -288,6 +288,8 @@ class Terminal:
         self._unread = b""
         self.process, self.terminal = pty.fork()
         if self.process == 0:
+            # A shell that runs the tests in the background has them, and their children, ignore it.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.environ |= {"TERM": "dumb", "COLUMNS": "100"}
             os.execv(sys.executable, [*COMMAND, *options])
 
