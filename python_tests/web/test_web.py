@@ -200,9 +200,10 @@ def test_stopping_frees_the_models(
 def test_html_of_models_and_users_is_not_rendered(browser: Browser, own: Server) -> None:
     browser.open(own.address)
     question = f"w1 {' '.join(HOSTILE)} {HOSTILE[0]}0"
-    for mode in MODES:
+    for number, mode in enumerate(MODES, start=1):
         browser.mode(mode)
         browser.ask(question)
+        browser.wait(lambda n=number: len(browser.chat) == 2 * n, mode)
         browser.wait(lambda: f"{TOKENS} tokens" in browser.status, mode)
     browser.question.send_keys(question)
     browser.one("#compare").click()
