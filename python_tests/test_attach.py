@@ -22,6 +22,7 @@ from generation_checks import (
     logits_of,
     prompt,
 )
+from tiny_architectures import tiny_config, tiny_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -278,6 +279,23 @@ def test_paged_caches_are_refused(trio):
     with attached(receiver, sharer, fuser):
         with pytest.raises((NotImplementedError, ValueError), match=f"{ours}|{older}"):
             receiver.generate(prompt(), cache_implementation="paged")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("mamba", r"'mamba': layer 0"),
+        ("qwen3_next", r"'qwen3_next': layer 0 is a 'linear_attention' layer"),
+        ("deepseek_v3", r"multi-head latent attention \(kv_lora_rank=16\) in layer 0"),
+        ("lfm2", r"'lfm2': layer 0 is a 'conv' layer"),
+    ],
+)
+def test_attach_names_the_layer_that_keeps_no_plain_keys_and_values(trio, kind, reason):
+    receiver, sharer, fuser = trio
+    model = tiny_model(tiny_config(kind))
+    for pair in ((model, sharer), (receiver, model)):
+        with pytest.raises(ValueError, match=rf"model type .*{reason}"):
+            attach(*pair, fuser)
 
 
 def test_attach_refuses_what_does_not_fit(trio):
