@@ -100,8 +100,9 @@ REFUSED: dict[str, str] = {
     "falcon_h1": "keeps ",  # "more than" or, before transformers 5, "a recurrent state beside"
     "deepseek_v4": "layer, which keeps compressed entries of several tokens each",
     **dict.fromkeys(("gemma3n", "gemma3n_text"), "shares the cache of some layers with others"),
-    "gemma4_assistant": "reads the cache of another model",
-    "gemma4_unified_assistant": "shares the cache of some layers with others",
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"), "reads the cache of another model"
+    ),
     "mllama": "layer 1 reads another input by cross-attention and keeps no keys and values",
     "mimo_v2_flash": "layer 0 keeps keys of 192 and values of 128 numbers per head",
     "cpmant": "puts tokens of its own before every prompt",
