@@ -197,6 +197,9 @@ def test_as_receiver_beyond_the_window(receiver_trio, implementation):
 @each_receiver
 def test_with_all_gates_closed_it_is_the_plain_split_run_bit_for_bit(receiver_trio):
     receiver, sharer, _ = receiver_trio
+    if getattr(receiver.config, "_experts_implementation", None) == "grouped_mm":
+        # generate may take another one for decoding, of other roundings.
+        receiver.set_experts_implementation("eager")
     fuser = tiny_models.fuser_between(receiver, sharer)
     tiny_models.close_all_gates(fuser)
     ids, mask = left_padded((8, 5))
