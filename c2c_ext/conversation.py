@@ -173,8 +173,8 @@ def remember(
     """
     shared = [_kept(reading) for reading in readings if reading.held]
     if earlier is not None:
-        used = [reading.model for reading in readings if reading.held]
-        shared += [s for s in earlier.shared if s.model and all(s.model() is not m for m in used)]
+        done = [None, *(reading.model for reading in readings if reading.held)]  # None: it is gone
+        shared += [s for s in earlier.shared if s.model and all(s.model() is not m for m in done)]
     setattr(cache, _MARK, Conversation(ids.clone(), read, _sampled(cache, held), tuple(shared)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import plain_loop
@@ -223,6 +224,19 @@ def test_sharers_caches_are_kept_only_where_the_cache_outlives_the_call(trio):
         finally:
             del receiver.forward
     assert seen == [0, 0]
+
+
+def test_the_cache_of_a_sharer_that_is_gone_is_not_kept_on(trio):
+    receiver, sharer, fuser = trio
+    gone = tiny_models.sharer_model()
+    with attached(receiver, gone, fuser):
+        output = answer(receiver, prompt(), DynamicCache())
+    assert shared_by(output.past_key_values) == 1
+    del gone
+    gc.collect()
+    with attached(receiver, sharer, fuser):
+        output = answer(receiver, spoken(output), output.past_key_values)
+    assert shared_by(output.past_key_values) == 1
 
 
 def test_a_reset_cache_begins_another_chat(each_trio):
