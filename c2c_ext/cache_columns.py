@@ -5,15 +5,13 @@ Dynamic layers hold all columns or, where they slide, the newest; static ones ha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-
-from .cache import KVPairs
 
 
 def held_columns(layer: Any, held: int) -> tuple[int, Tensor, Tensor]:
@@ -106,7 +104,7 @@ def room_problem(
     return None
 
 
-def append(cache: Any, pairs: KVPairs, held: int) -> None:
+def append(cache: Any, pairs: Iterable[tuple[Tensor, Tensor]], held: int) -> None:
     """Gives ``cache``, which holds ``held`` tokens, those of ``pairs`` through its own update."""
     for index, (key, value) in enumerate(pairs):
         # Static layers of older versions of transformers are told where to write.

@@ -196,22 +196,18 @@ def _tensor_of(positions: Any) -> Tensor:
     return given
 
 
-def resolved(
-    columns: Tensor | Positions | None, mask: Tensor | None, length: int, held: int = 0
-) -> Tensor | None:
-    """What `fused_columns` gave, as bool ``[1 or B, length - 1]`` or None: all.
+def resolved(positions: Positions, mask: Tensor | None, length: int, held: int = 0) -> Tensor:
+    """bool ``[B, length - 1]``, or ``[1, length - 1]`` without a mask.
 
     Args:
         mask: ``[B, length]``, nonzero where a token is real; None: everywhere.
         length: tokens of the prompt, padding included.
         held: of them from earlier turns, which `Positions` do not count.
     """
-    if not isinstance(columns, Positions):
-        return columns
     if held:
         real = torch.ones(1, length, dtype=torch.bool) if mask is None else mask != 0
         mask = real & (torch.arange(length, device=real.device) >= held)
-    return columns.columns(length, mask)
+    return positions.columns(length, mask)
 
 
 def _sliced(positions: slice, length: int, held: int) -> Tensor:

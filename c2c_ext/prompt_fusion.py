@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +90,53 @@ def fuse_prompt(
 
     Returns:
         the arguments for what is left of the prompt, its last token and any drafted ones; and what
-        each sharer that is selected, by its place, has read.
+        each sharer that is selected, by its place, has read: empty where nobody goes on from that.
+    """
+    cache = _target(prompt, input_ids, kwargs)
+    kwargs = {**kwargs, "past_key_values": cache}
+    (rows, given), held, length = input_ids.shape, prompt.held, prompt.length - 1
+    repeats = rows // prompt.batch  # beams, return sequences: equal rows stand together
+    # Rows that go on from a cache may differ although their new tokens do not.
+    step, spread = (repeats, 1) if held == 0 else (1, repeats)
+    mask = kwargs.get("attention_mask")
+    mask = None if mask is None else mask[::step, : length + 1]
+    base = mark = None
+    if held:
+        base, mark = _base(cache, receiver, input_ids, mask, held, length)
+    readings: dict[int, SharerReading] = {}
+    if length > held or prompt.every:
+        columns = prompt.columns
+        if isinstance(columns, Positions):  # counted in the rows that the mask has
+            columns = resolved(columns, mask, prompt.length, held)
+        else:
+            columns = _spread(columns, spread)
+        text = _text(receiver, prompt, input_ids[::step, :length], mask, spread)
+        readings = _readings(receiver, sharing, prompt, text)
+        if mark is not None:
+            recall(mark, list(readings.values()))
+    if length > held:
+        check_last_tokens(mask)
+        fused = _fused_cache(receiver, sharing, prompt, text, columns, base, readings)
+        if not (prompt.keeps or prompt.every):
+            readings = {}  # frees the sharers' caches before the receiver's is copied
+        _fill(cache, fused, step, held)
+    if length > 0:
+        if _TRIMS_BY_LENGTH:
+            kwargs["next_sequence_length"] = given - length
+        if not _TRIMS_BY_LENGTH or kwargs.get("cache_position") is not None:
+            kwargs["cache_position"] = torch.arange(length, given, device=input_ids.device)
+    kept = list(readings.values()) if prompt.keeps else []
+    tokens = padded(input_ids[:, : prompt.length], kwargs.get("attention_mask"))
+    earlier = mark if prompt.keeps else None
+    remember(cache, tokens, prompt.length, length, kept, earlier)
+    return kwargs, readings
+
+
+def _target(prompt: Prompt, input_ids: Tensor, kwargs: dict[str, Any]) -> Any:
+    """The cache to fill.
+
+    Raises:
+        ValueError: what the first step was given is not what generate was, or does not go.
     """
     _check_use_cache(kwargs)
     for name, value in kwargs.items():
@@ -110,44 +157,12 @@ def fuse_prompt(
             f"c2c_ext: past_key_values must hold the {prompt.held} tokens that it held when "
             f"generate was called, it holds {held}"
         )
-    rows, given = input_ids.shape
-    if given < prompt.length:
+    if input_ids.shape[1] < prompt.length:
         raise ValueError(
             f"c2c_ext: the first step must see the whole prompt of {prompt.length} tokens, "
-            f"got {given}"
+            f"got {input_ids.shape[1]}"
         )
-    kwargs = {**kwargs, "past_key_values": cache}
-    length = prompt.length - 1
-    repeats = rows // prompt.batch  # beams, return sequences: equal rows stand together
-    # Rows that go on from a cache may differ although their new tokens do not.
-    step, spread = (repeats, 1) if held == 0 else (1, repeats)
-    mask = kwargs.get("attention_mask")
-    mask = None if mask is None else mask[::step, : length + 1]
-    base = mark = None
-    if held:
-        base, mark = _base(cache, receiver, input_ids, mask, held, length)
-    readings: dict[int, SharerReading] = {}
-    if length > held or prompt.every:
-        columns = _spread(resolved(prompt.columns, mask, prompt.length, held), spread)
-        text = _text(receiver, prompt, input_ids[::step, :length], mask, spread)
-        readings = _readings(receiver, sharing, prompt, text)
-        if mark is not None:
-            recall(mark, list(readings.values()))
-    if length > held:
-        check_last_tokens(mask)
-        fused = _fused_cache(receiver, sharing, prompt, text, columns, base, readings)
-        pairs = [(layer.keys[:, :, held:], layer.values[:, :, held:]) for layer in fused.layers]
-        _fill(cache, pairs, step, held)
-    if length > 0:
-        if _TRIMS_BY_LENGTH:
-            kwargs["next_sequence_length"] = given - length
-        if not _TRIMS_BY_LENGTH or kwargs.get("cache_position") is not None:
-            kwargs["cache_position"] = torch.arange(length, given, device=input_ids.device)
-    kept = list(readings.values()) if prompt.keeps else []
-    tokens = padded(input_ids[:, : prompt.length], kwargs.get("attention_mask"))
-    earlier = mark if prompt.keeps else None
-    remember(cache, tokens, prompt.length, length, kept, earlier)
-    return kwargs, readings
+    return cache
 
 
 def _base(
@@ -205,28 +220,34 @@ def _check_use_cache(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _fill(cache: Any, fused: list[tuple[Tensor, Tensor]], repeats: int = 1, held: int = 0) -> None:
+def _fill(cache: Any, fused: DynamicCache, repeats: int, held: int) -> None:
     """Writes ``fused`` behind the ``held`` tokens of ``cache``, every row ``repeats`` times.
 
     Into an empty cache it writes all or nothing; `room_problem` was asked before for others.
+    ``fused`` loses its layers one by one, so that they are not held twice.
     """
-    pairs = fused
-    if repeats > 1:
-        pairs = [
-            (k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)) for k, v in fused
-        ]
+    layers, (rows, _, tokens, _) = len(fused.layers), fused.layers[0].keys.shape
+    rows, tokens = rows * repeats, tokens - held
     try:
-        append(cache, pairs, held)
+        append(cache, _taken(fused, repeats, held), held)
     except Exception as error:
         if held == 0:
             cache.reset()
         if type(error) not in (IndexError, RuntimeError, ValueError):
             raise
-        rows, _, tokens, _ = pairs[0][0].shape
         raise ValueError(
-            f"c2c_ext: past_key_values cannot take {len(fused)} layers of {rows} rows of {tokens} "
+            f"c2c_ext: past_key_values cannot take {layers} layers of {rows} rows of {tokens} "
             f"fused tokens: {error}"
         ) from error
+
+
+def _taken(fused: DynamicCache, repeats: int, held: int) -> Iterator[tuple[Tensor, Tensor]]:
+    while fused.layers:
+        layer = fused.layers.pop(0)
+        key, value = layer.keys[:, :, held:], layer.values[:, :, held:]
+        if repeats > 1:
+            key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
+        yield key, value
 
 
 def _text(

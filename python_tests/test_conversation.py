@@ -13,6 +13,7 @@ from chat_checks import (
     STEPS,
     Read,
     answer,
+    cropped,
     new_cache,
     pair_of_sharers,
     said,
@@ -22,6 +23,7 @@ from generation_checks import (
     CLOSE,
     VISIBLE,
     assert_same_run,
+    generate,
     left_padded,
     logits_of,
     new_tokens,
@@ -328,6 +330,26 @@ def test_positions_of_a_later_turn_name_its_own_tokens(trio, form):
         columns[row, [16 + row] if form == "row mask" else named[form]] = True
     chat.turn(prompt(), 5)
     assert_same_run(output, talk, chat.turn(talk, STEPS, columns=columns))
+
+
+@pytest.mark.parametrize("positions", [Positions.first(3), Positions.last(2), slice(9, 12)])
+def test_positions_of_a_later_turn_go_with_several_answers_to_padded_rows(trio, positions):
+    receiver, sharer, fuser = trio
+    ids, mask = left_padded((9, 6))
+    talk = torch.cat([ids, said(1, 2, 5)], dim=1)
+    mask = torch.cat([mask, torch.ones(2, 5, dtype=mask.dtype)], dim=1)
+
+    def second_turn(answers: int):
+        many = {"num_return_sequences": answers, "do_sample": True, "top_k": 1}
+        first = generate(receiver, ids, attention_mask=mask[:, :9], **many)
+        cache = cropped(first.past_key_values, 8)
+        how = {"attention_mask": mask, "past_key_values": cache, "positions": positions, **many}
+        return generate(receiver, talk, **how)
+
+    with attached(receiver, sharer, fuser):
+        one, two = second_turn(1), second_turn(2)
+    assert torch.equal(two.sequences, one.sequences.repeat_interleave(2, 0))
+    torch.testing.assert_close(logits_of(two), logits_of(one).repeat_interleave(2, 0), **CLOSE)
 
 
 @pytest.mark.parametrize("how", ["assistant", "lookup", "drawn"])
