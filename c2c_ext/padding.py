@@ -43,6 +43,8 @@ def shift_of(mask: Tensor | None) -> Shift | None:
     if mask is None:
         return None
     real = mask != 0
+    if bool(real[:, -1].all()):
+        return None
     empty = (~real.any(1)).nonzero()
     if len(empty):
         raise ValueError(
@@ -50,8 +52,6 @@ def shift_of(mask: Tensor | None) -> Shift | None:
             f"{int(empty[0])} has none"
         )
     padding = real.flip(1).long().argmax(1)  # columns after the last token
-    if not bool(padding.any()):
-        return None
     length = mask.shape[1]
     return Shift((torch.arange(length, device=mask.device) - padding[:, None]) % length)
 

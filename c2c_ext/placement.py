@@ -19,8 +19,11 @@ from .cache import KVPairs
 def input_device(model: nn.Module) -> torch.device:
     """Where a model's token ids belong.
 
-    That of its first layer at work: a layer that is fetched when it runs lies on ``meta`` between.
+    That of its first parameters at work: what is fetched when it runs lies on ``meta`` between.
     """
+    first = next(model.parameters(), None)
+    if first is not None and first.device.type != "meta":
+        return first.device  # without a walk through all modules
     for module in model.modules():
         place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if place is not None and next(module.parameters(recurse=False), None) is not None:
