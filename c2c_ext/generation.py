@@ -18,24 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attach_checks import checked_sharing
-from .conversation import conversation_of, extend
+from .conversation import extend
 from .fuser import Fuser
-from .generation_arguments import (
-    Settings,
-    check_continuation,
-    check_decoding,
-    check_movable,
-    check_prompt_tensors,
-    prompt_shape,
-    take_chunk_size,
-    tokens_held,
-)
-from .padding import shift_of
-from .positions import Positions, fused_columns
+from .generation_arguments import Settings, check_decoding
+from .positions import Positions
+from .prompt_arguments import Options, prompt_of
 from .prompt_fusion import Prompt, fuse_prompt, read_on
-from .response import Response, check_response
-from .selection import spans_of
-from .sharer_inputs import checked_inputs
+from .response import Response
 from .sharers import Sharing
 from .target_cache import check_kept
 
@@ -62,6 +51,14 @@ class _Call:
     @property
     def fused(self) -> bool:
         return self.begun and not self.reads_on
+
+    def end(self, cache: Any, output: Any, *, beams: bool) -> None:
+        """Lets a later turn go on from ``cache``, that of what generate has given."""
+        sequences, readings = getattr(output, "sequences", output), []
+        if self.response is not None:
+            self.response.fuse_due(cache, sequences)
+            readings = list(self.response.readings.values())
+        extend(cache, None if beams else sequences, readings)
 
 
 @dataclass
@@ -192,70 +189,20 @@ class _FusedGeneration:
         given = args[0] if args else kwargs.get("generation_config")
         settings = Settings(kwargs, given, self.generation_config)
         check_decoding(settings, kwargs.get("custom_generate"))
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        batch, length = prompt_shape(ids)
         call = _Call(prompt=None)
         # A model that drafts for itself may leave layers out, and drafts change no answer.
         if not (settings["is_assistant"] and attachment.current()):
-            position_ids = kwargs.get("position_ids")
-            if ids is not None:
-                check_prompt_tensors(kwargs.get("attention_mask"), position_ids, batch, length)
-            shift = None if ids is None else shift_of(kwargs.get("attention_mask"))
-            if shift is not None:
-                check_movable(kwargs.get("past_key_values"), sections)
-                if inputs is not None:
-                    inputs = shift.move(inputs)
-                moved = ("input_ids", "attention_mask", "position_ids")
-                given = {
-                    n: shift.move(t) for n, t in kwargs.items() if n in moved and t is not None
-                }
-                kwargs = {**kwargs, **given}
-                position_ids = kwargs.get("position_ids")
-            cache = kwargs.get("past_key_values")
-            held, drafts = tokens_held(cache), bool(settings["is_assistant"])
-            if held:
-                check_continuation(conversation_of(cache, held) is not None, held, length)
-            # What a model drafts for another is its answer: only that one's prompt is fused.
-            call.reads_on = drafts and held > 0
-            columns = fused_columns(positions, batch, length, held)
-            spans = spans_of(sharers, sections, batch, length, len(attachment.sharing), held)
-            texts = checked_inputs(sharer_inputs, attachment.sharing, batch, length)
-            if shift is not None:
-                columns = shift.move_columns(columns)
-                texts = tuple(None if text is None else text.moved(shift) for text in texts)
-            others = {
-                name: kwargs.get(name)
-                for name in (
-                    "past_key_values",
-                    "position_ids",
-                    "assistant_model",
-                    "custom_generate",
-                )
-            }
-            others |= {"sharer_inputs": sharer_inputs, "sections": sections}
-            if len(args) > 5:  # as generate's own signature has it
-                others["assistant_model"] = args[5]
-            every = check_response(
-                fuse_response, settings, others, self, attachment.sharing, length
+            options = Options(positions, sharers, sections, sharer_inputs, fuse_response)
+            call.prompt, inputs, args, kwargs = prompt_of(
+                self, attachment.sharing, settings, options, inputs, args, kwargs
             )
-            outlives = cache is not None or bool(settings["return_dict_in_generate"])
-            chunk, args, kwargs = take_chunk_size(self.generation_config, args, kwargs)
-            call.prompt = Prompt(
-                batch, length, columns, position_ids, spans, texts, chunk, held,
-                keeps=outlives and not drafts, every=every,
-            )  # fmt: skip
+            # What a model drafts for another is its answer: only that one's prompt is fused.
+            call.reads_on = call.prompt.held > 0 and bool(settings["is_assistant"])
         with attachment.armed(call):
             output = super().generate(inputs, *args, **kwargs)
         if call.fused and call.prompt.keeps:
-            sequences = getattr(output, "sequences", output)
             cache = getattr(output, "past_key_values", kwargs.get("past_key_values"))
-            if call.response is not None:
-                call.response.fuse_due(cache, sequences)
-            extend(
-                cache,
-                None if (settings["num_beams"] or 1) > 1 else sequences,
-                [] if call.response is None else list(call.response.readings.values()),
-            )
+            call.end(cache, output, beams=(settings["num_beams"] or 1) > 1)
         if not (call.prompt is None or call.begun or call.answered_inside):
             raise RuntimeError(
                 "c2c_ext: generate ended without fusing the prompt: this way of decoding does not "
