@@ -285,12 +285,17 @@ def attached(
     fusion: str = "parallel",
     overlap: str = "none",
 ) -> Iterator[PreTrainedModel]:
-    """``with attached(receiver, sharer, fuser):`` attaches and, whatever happens, detaches."""
+    """``with attached(receiver, sharer, fuser):`` attaches and, whatever happens, detaches.
+
+    What the body has detached itself, or attached anew, it leaves alone.
+    """
     attach(receiver, sharer, fuser, fusion=fusion, overlap=overlap)
+    attachment = getattr(receiver, _ATTACHMENT)
     try:
         yield receiver
     finally:
-        detach(receiver)
+        if getattr(receiver, _ATTACHMENT, None) is attachment:
+            detach(receiver)
 
 
 def _attached_class(original: type) -> type:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _HUB_CODE = "transformers fetches it as code that need not start from the fused prompt"
@@ -201,7 +202,7 @@ def check_prompt_tensors(attention_mask: Any, position_ids: Any, batch: int, len
 
     Raises:
         TypeError: not a tensor.
-        ValueError: another shape.
+        ValueError: another shape, or a mask of other numbers than 0 and 1.
     """
     for name, given in (("attention_mask", attention_mask), ("position_ids", position_ids)):
         if given is not None and not isinstance(given, Tensor):
@@ -211,8 +212,48 @@ def check_prompt_tensors(attention_mask: Any, position_ids: Any, batch: int, len
             f"c2c_ext: attention_mask must be [batch, prompt tokens] = [{batch}, {length}], got "
             f"{list(attention_mask.shape)}"
         )
+    if attention_mask is not None:
+        check_zeros_and_ones("attention_mask", attention_mask)
     if position_ids is not None and position_ids.shape[-2:] not in ((1, length), (batch, length)):
         raise ValueError(
             f"c2c_ext: position_ids must be [batch, prompt tokens] = [{batch}, {length}] or "
             f"[1, {length}], got {list(position_ids.shape)}"
+        )
+
+
+def check_zeros_and_ones(name: str, mask: Tensor) -> None:
+    """Refuses other numbers in a mask: transformers would count positions by their sums.
+
+    Raises:
+        ValueError: names ``name`` and the number.
+    """
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if len(wrong):
+        raise ValueError(
+            f"c2c_ext: {name} must hold 1 where a token is real and 0 where it is padding, got "
+            f"{wrong[0].item()}"
+        )
+
+
+def check_tokens(ids: Tensor, embeddings: Any) -> None:
+    """Refuses what is no token of the receiver's; on a GPU its kinds of numbers only.
+
+    Args:
+        ids: ``input_ids`` of generate.
+        embeddings: the module that embeds them.
+
+    Raises:
+        TypeError: neither int64 nor int32.
+        ValueError: outside the vocabulary.
+    """
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"c2c_ext: input_ids must be int64 or int32, got {ids.dtype}")
+    known = getattr(embeddings, "num_embeddings", None)
+    if known is None or ids.device.type != "cpu":
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= known:
+        raise ValueError(
+            "c2c_ext: input_ids must be at least 0 and below the receiver's vocabulary size "
+            f"{known}, got {low if low < 0 else high}"
         )

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LONGEST = 1 << 62  # longer than any row, and still an int64
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -21,9 +23,27 @@ class Positions:
     fused. Where a row has fewer than asked for, all that are there are fused.
     """
 
-    start: int | float  # counted from the front, or from the end where `from_end`
+    start: int  # counted from the front, or from the end where `from_end`
     end: int | float | None  # None: up to the end; floats are fractions of the row
     from_end: bool = False
+
+    def __post_init__(self) -> None:
+        """Accepts what the class methods make, and nothing else.
+
+        Raises:
+            TypeError, ValueError: as they do.
+        """
+        start, end = _count("__init__", "start", self.start), self.end
+        if isinstance(end, numbers.Real) and not isinstance(end, numbers.Integral):
+            end = _fraction("__init__", end)
+        elif end is not None:
+            end = min(_count("__init__", "end", end), _LONGEST)
+            if end < min(start, _LONGEST):
+                raise ValueError(
+                    f"c2c_ext.Positions.__init__: end must be at least start = {start}, got {end}"
+                )
+        object.__setattr__(self, "start", min(start, _LONGEST))
+        object.__setattr__(self, "end", end)
 
     @classmethod
     def span(cls, start: int, end: int | None = None) -> Positions:
@@ -174,6 +194,8 @@ def _earlier(held: int) -> str:
 
 def _tensor_of(positions: Any) -> Tensor:
     """``positions`` as integers or bools."""
+    if isinstance(positions, list | tuple) and len({isinstance(p, bool) for p in positions}) > 1:
+        raise TypeError("c2c_ext: positions must be all columns or all bools, got some of both")
     try:
         if not isinstance(positions, Tensor) and hasattr(positions, "tolist"):
             given = torch.as_tensor(positions.tolist())  # numpy's may be reversed or read-only

@@ -14,6 +14,7 @@ from .generation_arguments import (
     check_continuation,
     check_movable,
     check_prompt_tensors,
+    check_tokens,
     prompt_shape,
     take_chunk_size,
     tokens_held,
@@ -60,6 +61,7 @@ def prompt_of(
     if ids is not None:
         mask = kwargs.get("attention_mask")
         check_prompt_tensors(mask, kwargs.get("position_ids"), batch, length)
+        check_tokens(ids, receiver.get_input_embeddings())
         shift = shift_of(mask)
     if shift is not None:
         check_movable(cache, options.sections)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .generation_arguments import check_zeros_and_ones
 from .padding import Shift
 from .sharers import Sharing, vocabulary_of
 
@@ -99,6 +100,7 @@ def _checked(
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.shape != ids.shape:
             raise _shape_error(name, "attention_mask", f"{list(ids.shape)} as input_ids", mask)
+        check_zeros_and_ones(f"{name}'s attention_mask", mask)
         # A padding token need not exist in the sharer; without a token a row has nothing to read.
         mask = mask.to(ids.device)
         ids = ids.masked_fill(mask == 0, 0)
@@ -189,6 +191,11 @@ def _integers(name: str, key: str, given: Any) -> Tensor:
         raise TypeError(f"c2c_ext: {name} must have {key} as a tensor of integers, got {got}")
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise TypeError(f"c2c_ext: {name}'s {key} must be integers, got {given.dtype}")
+    if given.layout != torch.strided or given.is_meta:
+        raise TypeError(
+            f"c2c_ext: {name}'s {key} must be a dense tensor that holds numbers, got "
+            f"{given.layout} on {given.device}"
+        )
     return given.long()
 
 

@@ -95,6 +95,20 @@ def test_an_exception_leaves_nothing_armed_or_patched(trio):
     torch.testing.assert_close(logits_of(generate(receiver, ids)), alone.logits, **CLOSE)
 
 
+def test_attached_leaves_alone_what_its_body_has_detached(trio):
+    receiver, sharer, fuser = trio
+    original = type(receiver)
+    with attached(receiver, sharer, fuser):
+        detach(receiver)
+    assert type(receiver) is original
+    with attached(receiver, sharer, fuser):
+        attach(detach(receiver), sharer, fuser)
+    assert type(detach(receiver)) is original
+    with pytest.raises(KeyboardInterrupt), attached(receiver, sharer, fuser):
+        detach(receiver)
+        raise KeyboardInterrupt
+
+
 def test_attached_detaches_after_an_exception(trio):
     receiver, sharer, fuser = trio
     before, own_class = dict(vars(receiver)), type(receiver)

@@ -165,3 +165,33 @@ def test_the_first_two_columns_are_not_mistaken_for_a_mask(trio, positions):
     with attached(receiver, sharer, fuser):
         output = generate(receiver, ids, positions=positions, max_new_tokens=1)
     torch.testing.assert_close(output.logits[0], expected.logits[:, 0], **CLOSE)
+
+
+@pytest.mark.parametrize("number", [-1, 2, float("nan")])
+def test_a_mask_of_other_numbers_than_0_and_1_is_refused(trio, number):
+    receiver, sharer, fuser = trio
+    ids = prompt()
+    mask = torch.ones(ids.shape, dtype=torch.long if number == number else torch.float32)
+    mask[0, 1] = number
+    own = {"input_ids": ids, "attention_mask": mask, "token_map": torch.arange(ids.shape[1])}
+    with attached(receiver, sharer, fuser):
+        with pytest.raises(ValueError, match=rf"attention_mask must hold 1 .* got {number}"):
+            generate(receiver, ids, attention_mask=mask)
+        with pytest.raises(ValueError, match=rf"inputs's attention_mask must hold .* got {number}"):
+            generate(receiver, ids, sharer_inputs=own)
+
+
+@pytest.mark.parametrize("shift", [-1000, 1000])
+def test_tokens_outside_the_receivers_vocabulary_are_named(trio, shift):
+    receiver, sharer, fuser = trio
+    message = r"input_ids must be at least 0 and below the receiver's vocabulary size 97, got -?\d"
+    with attached(receiver, sharer, fuser), pytest.raises(ValueError, match=message):
+        generate(receiver, prompt() + shift)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8])
+def test_tokens_of_another_kind_are_named(trio, dtype):
+    receiver, sharer, fuser = trio
+    message = f"input_ids must be int64 or int32, got {dtype}"
+    with attached(receiver, sharer, fuser), pytest.raises(TypeError, match=message):
+        generate(receiver, prompt().to(dtype))

@@ -223,3 +223,31 @@ def test_positions_are_values():
     assert Positions.first_fraction(np.float32(0.5)) == Positions.first_fraction(0.5)
     with pytest.raises(AttributeError):
         Positions.first(3).end = 4
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Positions(-3, 5), ValueError, "start must be at least 0, got -3"),
+        (lambda: Positions("a", None), TypeError, "start must be an integer, got str"),
+        (lambda: Positions(None, None), TypeError, "start must be an integer, got NoneType"),
+        (lambda: Positions(0.5, None), TypeError, "start must be an integer, got float"),
+        (lambda: Positions(2, 1), ValueError, "end must be at least start = 2, got 1"),
+        (lambda: Positions(0, 2.0), ValueError, "fraction must be at least 0 and at most 1"),
+        (lambda: Positions(0, float("nan")), ValueError, "fraction must be at least 0"),
+    ],
+)
+def test_positions_made_without_the_class_methods_are_checked_too(make, error, message):
+    with pytest.raises(error, match=r"c2c_ext.Positions.__init__: " + message):
+        make()
+
+
+def test_positions_beyond_any_integer_of_a_tensor_are_all_or_nothing():
+    assert Positions.first(10**30).columns(5).all()
+    assert Positions.last(10**30).columns(5).all()
+    assert not Positions.span(10**30, 10**31).columns(5).any()
+
+
+def test_positions_of_columns_and_bools_together_are_refused():
+    with pytest.raises(TypeError, match="all columns or all bools, got some of both"):
+        fused_columns([True, 2], 1, 5)
