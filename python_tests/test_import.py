@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import c2c_ext
+
 EXTRAS = ("rich", "accelerate", "peft", "datasets", "huggingface_hub.cli", "matplotlib", "gradio")
 BUILD_ONLY = ("pybind11", "ninja", "cmake", "setuptools", "pytest")
 CORE = """
@@ -64,3 +66,7 @@ def test_training_loads_transformers_where_it_is_needed() -> None:
     light = "from c2c_ext.training import GateSampler, Layout, PromptCaches, lay_out"
     assert "transformers" not in loaded_by(light)
     assert "transformers" in loaded_by("from c2c_ext.training import C2CTrainingModel")
+
+
+def test_names_that_are_imported_late_are_listed() -> None:
+    assert set(c2c_ext.__all__) <= set(dir(c2c_ext))
