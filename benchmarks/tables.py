@@ -356,7 +356,7 @@ FUSE = ("fuse_float32.json", "fuse_bfloat16.json")
 ON_A_GPU = ("fuse_cuda_bf16.json", "compiled_cuda.json")  # of benchmarks/gpu_check.sh
 TABLES: dict[str, Callable[[], str]] = {
     "held out": partial(held_out, "demo.json", "demo_seed1.json"),
-    "demo latency": partial(latency, "demo_latency.json"),
+    "demo latency": partial(latency, "demo.json"),
     "fusions real": partial(fusions, FUSE, "real", 1),
     "fusions real batch 8": partial(fusions, FUSE, "real", 8),
     "fusions real batch 32": partial(fusions, FUSE, "real", 32),
