@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .attach_checks import checked_sharing
 from .conversation import extend
 from .fuser import Fuser
-from .generation_arguments import Settings, check_decoding
+from .generation_arguments import Settings, assistant_of, check_decoding
 from .positions import Positions
 from .prompt_arguments import Options, prompt_of
 from .prompt_fusion import Prompt, fuse_prompt, read_on
@@ -125,7 +125,9 @@ class _FusedGeneration:
         own cache, which is kept on the receiver's where that can outlive the call (it was given, or
         ``return_dict_in_generate``). The cache may have been cropped, copied or its rows moved;
         other sharers or fusers may go on from it, which then read the conversation from its start.
-        ``positions`` and ``sections`` speak of the new tokens then.
+        ``positions`` and ``sections`` speak of the new tokens then. Beam search leaves the rows of
+        its cache in another order than those that it returns, as in transformers: what such a row
+        holds of the answer is not known, and not compared with ``input_ids``.
 
         With ``guidance_scale``, what the answer is guided away from (``negative_prompt_ids``, by
         default the last prompt token) is read by the receiver alone, so the fused prompt is
@@ -182,7 +184,7 @@ class _FusedGeneration:
                 "c2c_ext: inputs_embeds is not supported by an attached receiver: the sharer reads "
                 "token ids"
             )
-        if kwargs.get("assistant_model") is self:
+        if assistant_of(args, kwargs) is self:
             raise ValueError(
                 "c2c_ext: assistant_model must be another model than the attached receiver itself"
             )

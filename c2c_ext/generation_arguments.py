@@ -121,6 +121,11 @@ def take_chunk_size(
     return chunk, args, kwargs
 
 
+def assistant_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The ``assistant_model`` of generate, from its arguments after the prompt."""
+    return args[5] if len(args) > 5 else kwargs.get("assistant_model")
+
+
 def tokens_held(cache: Any) -> int:
     """How many tokens the ``past_key_values`` of generate already hold."""
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from .conversation import conversation_of
 from .generation_arguments import (
     Settings,
+    assistant_of,
     check_continuation,
     check_movable,
     check_prompt_tensors,
@@ -77,11 +78,10 @@ def prompt_of(
     if shift is not None:
         columns = shift.move_columns(columns)
         texts = tuple(None if text is None else text.moved(shift) for text in texts)
-    names = ("past_key_values", "position_ids", "assistant_model", "custom_generate")
+    names = ("past_key_values", "position_ids", "custom_generate")
     others = {name: kwargs.get(name) for name in names}
     others |= {"sharer_inputs": options.sharer_inputs, "sections": options.sections}
-    if len(args) > 5:  # as generate's own signature has it
-        others["assistant_model"] = args[5]
+    others["assistant_model"] = assistant_of(args, kwargs)
     every = check_response(options.fuse_response, settings, others, receiver, sharing, length)
     # What a model drafts for another is its answer, which nobody goes on from.
     drafts = bool(settings["is_assistant"])

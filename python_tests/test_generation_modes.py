@@ -139,6 +139,8 @@ def test_the_receiver_as_its_own_assistant_is_refused(trio):
     with attached(receiver, sharer, fuser):
         with pytest.raises(ValueError, match="assistant_model must be another model"):
             generate(receiver, PAIRED, assistant_model=receiver)
+        with pytest.raises(ValueError, match="assistant_model must be another model"):
+            receiver.generate(PAIRED, *[None] * 5, receiver)
 
 
 def test_early_exit_drafts_do_not_change_the_greedy_answer():
