@@ -33,7 +33,9 @@ test: $(VENV)/.built
 test-web: $(VENV)/.built
 	tools/test_web.sh $(VENV)/bin/python
 
-# The oldest supported transformers, on a wheel that pip builds in isolation, outside the checkout.
+# The oldest supported transformers, on a wheel that pip builds in isolation, outside the checkout. Less
+# the emulated kernels' tests: they are the same beside every transformers, and take minutes.
+test-oldest: export PYTEST_ADDOPTS := --ignore-glob=*_emulated.py
 test-oldest:
 	tools/test_installed.sh "$(PYTHON)" .venv-oldest transformers==$(firstword $(TRANSFORMERS))
 
