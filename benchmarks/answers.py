@@ -21,12 +21,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from c2c_ext import Fuser, FuserConfig, attach, reference
 from c2c_ext.cache import KVPairs
+from c2c_ext.cache_columns import append
 from c2c_ext.config import KINDS
 from c2c_ext.fusion import fuse
 from c2c_ext.fusion_bench import randomised
 from c2c_ext.measure import Unverified, compare, worst
 from c2c_ext.prefill import read_tokens
-from c2c_ext.prompt_fusion import _fill
 
 MODES = ("receiver", "T2T", "C2C")
 BATCH = 1
@@ -179,7 +179,7 @@ class Pair:
         shared = lap([(key.to(base[0][0]), value.to(base[0][0])) for key, value in shared])
         fused = lap(fuse(base, shared, self.fuser, inplace=True))
         cache = DynamicCache()
-        lap(_fill(cache, fused, 1))
+        lap(append(cache, fused, 0))
         lap(_next_logits(self.receiver, ids[:, -1:], cache).argmax(-1))
         return dict(zip(PREFIX, (b - a for a, b in pairwise(times)), strict=True))
 
@@ -212,7 +212,7 @@ class Pair:
         elif is_fused(mode):
             read = ids[:, -1:]
             fused, found = self._verified_fusion(ids[:, :-1])
-            _fill(cache, fused, 1)
+            append(cache, fused, 0)
         expected = _greedy(self.receiver, read, cache, new_tokens)
         if is_fused(mode):
             alone = _greedy(self.receiver, ids, DynamicCache(), new_tokens)
