@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .analysis.arguments import add_analyze
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `c2c`; returns the exit status (2 for wrong arguments or bad input)."""
@@ -168,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     web.add_argument("--port", metavar="N", type=int, default=7860, help="7860; 0: any free one")
     _add_chat_options(web)
+    add_analyze(commands)
 
     options = parser.parse_args(arguments)
     if options.command is None and not options.version:
@@ -229,6 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = run_bench(
                 options.tokens, options.dtype, quick=options.quick, json_path=options.json
             )
+        elif options.command == "analyze":
+            from .analysis.command import run_analyze
+
+            given = {k: v for k, v in vars(options).items() if k not in ("command", "version")}
+            status = run_analyze(json_path=given.pop("json"), svg_path=given.pop("svg"), **given)
         elif options.command in ("chat", "web"):
             if options.command == "chat":
                 from .chat.command import run_chat as run

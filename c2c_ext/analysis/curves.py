@@ -13,7 +13,7 @@ from ..cache import KVPairs
 from ..fuser import Fuser
 from .readings import Reading, fused, is_right, next_logits
 
-PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+PARTS = tuple(i / 6 for i in range(7))
 ENDS = ("first", "last")
 
 

@@ -1,0 +1,45 @@
+"""The options of `c2c analyze`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+ANALYSES = {
+    "rank": "effective rank of keys and values per layer",
+    "weights": "gates and mean dynamic weights per layer and head",
+    "layers": "answers when only some layers are fused",
+    "positions": "answers when only a part of the positions is fused",
+    "attention": "cosine of attention outputs, fused and plain",
+    "solved": "which questions each mode solves",
+}
+
+
+def add_analyze(commands: Any) -> None:
+    """Adds the subcommand to an argparse subparsers object."""
+    analyze = commands.add_parser(
+        "analyze",
+        help="what a fuser does to caches and answers (docs/analysis.md)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"{name:10} {what}" for name, what in ANALYSES.items()),
+    )
+    analyze.add_argument("what", choices=tuple(ANALYSES), help="see below")
+    for side in ("receiver", "sharer", "fuser"):
+        analyze.add_argument(
+            f"--{side}", metavar="DIR", help=f"the {side}: a directory or a Hub name (shipped pair)"
+        )
+    analyze.add_argument(
+        "--questions", metavar="FILE", help="conversations as for c2c train; with your own models"
+    )
+    analyze.add_argument(
+        "--limit", metavar="N", type=int, help="questions at most (of each kind), evenly spaced"
+    )
+    analyze.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="of both models (auto: as stored)",
+    )
+    analyze.add_argument("--device", metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1 ...")
+    analyze.add_argument("--json", metavar="FILE", help="also write rows and environment there")
+    analyze.add_argument("--svg", metavar="FILE", help="also draw them there")
