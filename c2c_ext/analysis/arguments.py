@@ -32,7 +32,10 @@ def add_analyze(commands: Any) -> None:
         "--questions", metavar="FILE", help="conversations as for c2c train; with your own models"
     )
     analyze.add_argument(
-        "--limit", metavar="N", type=int, help="questions at most (of each kind), evenly spaced"
+        "--limit",
+        metavar="N",
+        type=int,
+        help="questions at most (of each kind), drawn, always the same ones",
     )
     analyze.add_argument(
         "--dtype",

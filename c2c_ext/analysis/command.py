@@ -42,7 +42,7 @@ def run_analyze(
         what: a key of `ANALYSES`.
         receiver, sharer, fuser, dtype, device: see `load_models`; none: the shipped pair.
         questions: see `file_questions`; needed with models of one's own, and only with them.
-        limit: questions at most, evenly spaced; of the shipped pair's two kinds, of each.
+        limit: questions at most, see `sample`; of the shipped pair's two kinds, of each.
         json_path: also write rows, arguments and environment to this file.
         svg_path: also draw them to this file.
 
@@ -203,7 +203,7 @@ def _draw_curve(x: str, label: str) -> Callable[[str, str, Sequence[Row]], str]:
 
 def _draw_attention(title: str, note: str, rows: Sequence[Row]) -> str:
     lines = {name: [(r["layer"], r[name]) for r in rows] for name in ("min", "mean", "max")}
-    return line_chart(title, note, [Panel("cosine, fused and plain", "layer", lines)])
+    return line_chart(title, note, [Panel("cosine, fused and plain", "layer", lines, -1.0, 1.0)])
 
 
 def _draw_solved(title: str, note: str, rows: Sequence[Row]) -> str:

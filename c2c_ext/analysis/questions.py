@@ -37,11 +37,13 @@ class Questions:
     solve: Callable[[], dict[str, Tensor]]
 
 
-def evenly(count: int, limit: int | None) -> Tensor:
-    """At most ``limit`` of the places 0..count - 1, evenly spaced: int64, ascending."""
-    if limit is None or limit >= count:
-        return torch.arange(count)
-    return torch.arange(limit) * count // limit
+def sample(count: int, limit: int | None) -> Tensor:
+    """At most ``limit`` of the places 0..count - 1, ascending int64; always the same ones.
+
+    Drawn, for every n-th would be of one attribute where questions take turns.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[:limit].sort().values
 
 
 def shipped_questions(models: ChatModels, limit: int | None = None) -> Questions:
@@ -54,7 +56,7 @@ def shipped_questions(models: ChatModels, limit: int | None = None) -> Questions
     world, parts, readings = pair.world, [], []
     for kind in w.KINDS:
         every = ev.held_out_questions(world, kind, FORM_SIZE, FORM_SEED)
-        kept = evenly(len(every.asked), limit)
+        kept = sample(len(every.asked), limit)
         fields = (every.entities, every.attributes, every.asked, every.kinds)
         questions = ev.Questions(*(field[kept] for field in fields))
         parts.append(questions)
@@ -106,7 +108,7 @@ def file_questions(models: ChatModels, place: str, limit: int | None = None) -> 
         raise FileNotFoundError(f"--questions: there is no file {place}")
     conversations, bad = read_conversations(place)
     bad.check()
-    chosen = [conversations[i] for i in evenly(len(conversations), limit).tolist()]
+    chosen = [conversations[i] for i in sample(len(conversations), limit).tolist()]
     readings, prompts, firsts = [], [], []
     for talk in chosen:
         try:
