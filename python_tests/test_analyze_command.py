@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,6 +15,8 @@ from local_tokenizers import letter_tokenizer
 from c2c_ext import Fuser
 from c2c_ext.analysis import questions as qs
 from c2c_ext.analysis.arguments import ANALYSES
+from c2c_ext.analysis.chart import Panel, bar_chart, line_chart, weight_map
+from c2c_ext.analysis.command import table
 from c2c_ext.chat.models import load_models
 from c2c_ext.cli import main
 
@@ -213,3 +216,45 @@ def test_closed_gates_are_shown_as_such(own: tuple, tmp_path: Path) -> None:
     assert not any(row["open"] for row in rows["weights"])
     assert all(row["min"] > 1 - 1e-9 for row in rows["attention"])
     assert all(row["kl"] == 0 and row["as_fused"] == 3 for row in rows["layers"])
+
+
+def test_drawings_escape_what_strangers_have_named() -> None:
+    name = "<script>\x1b[31m&"
+    for svg in (
+        line_chart(name, name, [Panel(name, name, {name: [(0, 1.0), (1, 1.0)]})]),
+        line_chart(name, name, [Panel(name, name, {name: [(0, math.nan)]})]),
+        bar_chart(name, name, [(name, 0)]),
+        weight_map(name, name, [(name, [(0.2, True), (0.9, False)])]),
+    ):
+        root = ElementTree.fromstring(svg)
+        assert "script" not in {element.tag.split("}")[1] for element in root.iter()}
+        assert "<script>" in " ".join(root.itertext()) and "nan" not in svg
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "analysis.md"
+
+
+@pytest.mark.parametrize("what", ANALYSES)
+def test_the_document_shows_what_its_files_hold(what: str) -> None:
+    data = json.loads((RESULTS / f"analyze_{what}.json").read_text())
+    assert data["arguments"]["what"] == what and data["arguments"]["limit"] is None
+    shown = table(data.get("patterns", data["rows"]))
+    assert f"$ c2c analyze {what}\n{shown}\n```\n" in DOCUMENT.read_text()
+    assert f"(../benchmarks/results/analyze_{what}.svg)" in DOCUMENT.read_text()
+    assert (RESULTS / f"analyze_{what}.svg").is_file()
+
+
+def test_the_files_agree_with_the_demos() -> None:
+    """The demo's own evaluation of the same questions, which shares none of the curves' code."""
+    rows = [
+        row
+        for row in json.loads((RESULTS / "demo.json").read_text())["held_out"]
+        if row["size"] == qs.FORM_SIZE
+    ]
+    demo = {mode: sum(row[mode] for row in rows) for mode in ("receiver", "sharer", "T2T", "C2C")}
+    assert json.loads((RESULTS / "analyze_solved.json").read_text())["right"] == demo
+    for what in ("layers", "positions"):
+        found = json.loads((RESULTS / f"analyze_{what}.json").read_text())["rows"]
+        counts = [row["right"] for row in found if row["which"] == "first"]
+        assert (counts[0], counts[-1]) == (demo["receiver"], demo["C2C"])

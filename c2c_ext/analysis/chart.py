@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..chat.heat_map import FONT, _colour
+from ..chat.text import printable
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#222222")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 300, 64, 16, 46, 46
@@ -80,7 +81,7 @@ def weight_map(
             body.append(
                 f"<rect x='{LABELS + h * CELL}' y='{y}' width='{CELL - 1}' height='{BAR - 1}' "
                 f"fill='{fill}' stroke='#d8dee6' stroke-width='0.5'>"
-                f"<title>{html.escape(said)}</title></rect>"
+                f"<title>{html.escape(printable(said))}</title></rect>"
             )
             ink = "#ffffff" if is_open and weight > 0.5 else INK
             x = LABELS + (h + 0.5) * CELL - 0.5
@@ -153,5 +154,5 @@ def _text(
 ) -> str:
     return (
         f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' font-size='{size}' "
-        f"fill='{fill}'>{html.escape(what)}</text>"
+        f"fill='{fill}'>{html.escape(printable(what))}</text>"
     )

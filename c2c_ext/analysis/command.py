@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..chat.models import ChatModels, load_models
+from ..chat.text import printable
 from ..info import _checked_target
 from ..machine import environment
 from ..measure import document, write_json, write_text
@@ -75,8 +76,8 @@ def run_analyze(
     )
     rows, more = _rows(what, models, asked)
     count = sum(len(reading.last) for reading in asked.readings)
-    _print_table(more.get("patterns", rows))
-    print(f"\n{ANALYSES[what]}; {count} questions: {asked.source}")
+    print(table(more.get("patterns", rows)))
+    print(f"\n{ANALYSES[what]}; {count} questions: {printable(asked.source)}")
     where = environment()
     if "--json" in targets:
         arguments = {
@@ -147,12 +148,14 @@ def _target(option: str, place: str) -> Path:
         raise ValueError(option + str(error).removeprefix("--json")) from error
 
 
-def _print_table(rows: Sequence[Row]) -> None:
+def table(rows: Sequence[Row]) -> str:
+    """Rows as a table for people, one line each, with a head; all rows have the same names."""
     names = list(rows[0])
-    table = [names, *([_cell(row[name]) for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        print("  ".join(c.ljust(n) for c, n in zip(cells, widths, strict=True)).rstrip())
+    cells = [names, *([_cell(row[name]) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(c.ljust(n) for c, n in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
 
 
 def _cell(value: Any) -> str:
