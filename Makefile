@@ -2,6 +2,7 @@
 # make wheel  dist/: source distribution and manylinux wheel, both checked
 # make test-oldest, make test-matrix   the suite beside the oldest, beside every tested transformers
 # make test-web   c2c web in a headless Chromium (Debian's, installed if there is none and you are root)
+# make test-eval  c2c eval in lm-evaluation-harness, on local task files
 # make lint   ruff and clang-format, as CI runs them    make clean  everything built or installed here
 # make sanitize   the op's tests under AddressSanitizer and UBSan
 # make train-tiny   trains the demo's fuser by `c2c train`, in minutes
@@ -20,7 +21,7 @@ TRANSFORMERS ?= 4.57.6 5.0.0 5.17.0 $(shell sed -n 's/^transformers==//p' constr
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 CPP := $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-web test-oldest test-matrix wheel sanitize support check-cuda lint format \
+.PHONY: demo test test-web test-eval test-oldest test-matrix wheel sanitize support check-cuda lint format \
   tiny-pair train-tiny clean
 
 demo: $(VENV)/.built
@@ -32,6 +33,10 @@ test: $(VENV)/.built
 # The page of `c2c web` in a real browser; needs network once, for gradio, selenium and Chromium.
 test-web: $(VENV)/.built
 	tools/test_web.sh $(VENV)/bin/python
+
+# The model type c2c in the harness; needs network once, for lm_eval and what it needs.
+test-eval: $(VENV)/.built
+	tools/test_eval.sh $(VENV)/bin/python
 
 # The oldest supported transformers, on a wheel that pip builds in isolation, outside the checkout. Less
 # the emulated kernels' tests: they are the same beside every transformers, and take minutes.

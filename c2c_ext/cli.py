@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .analysis.arguments import add_analyze
+from .evaluation.options import add_eval
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -171,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     web.add_argument("--port", metavar="N", type=int, default=7860, help="7860; 0: any free one")
     _add_chat_options(web)
     add_analyze(commands)
+    add_eval(commands)
 
     options = parser.parse_args(arguments)
     if options.command is None and not options.version:
@@ -237,8 +239,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             given = {k: v for k, v in vars(options).items() if k not in ("command", "version")}
             status = run_analyze(json_path=given.pop("json"), svg_path=given.pop("svg"), **given)
-        elif options.command in ("chat", "web"):
-            if options.command == "chat":
+        elif options.command in ("chat", "web", "eval"):
+            if options.command == "eval":
+                from .evaluation.command import run_eval as run
+            elif options.command == "chat":
                 from .chat.command import run_chat as run
             else:
                 from .chat.web import run_web as run

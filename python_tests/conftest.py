@@ -26,6 +26,8 @@ if torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
 collect_ignore = [] if "cuda" in DEVICES else ["test_cuda.py", "test_cuda_train.py"]
 if "C2C_TEST_WEB" not in os.environ:  # make test-web, which has gradio and a browser
     collect_ignore.append("web")
+if "C2C_TEST_EVAL" not in os.environ:  # make test-eval, which has lm-evaluation-harness
+    collect_ignore.append("eval")
 if not (Path(__file__).parent.parent / "csrc").exists():
     collect_ignore.append("test_cuda_resources.py")
     if "C2C_EMULATED_LIBRARY" not in os.environ:

@@ -161,7 +161,7 @@ def test_mismatched_contexts_are_another_questions_of_like_length() -> None:
     others = mismatched_contexts(ITEMS)
     by_context = {item.context: item.group for item in ITEMS}
     for item, other in zip(ITEMS, others, strict=True):
-        assert by_context[other] != item.group
+        assert (by_context[other] == item.group) == (len(item.context) == 1)
         assert others[ITEMS.index(item)] == other
     nine = [k for k, item in enumerate(ITEMS) if len(item.context) == 9]
     assert all(len(others[k]) == 9 for k in nine)

@@ -30,13 +30,14 @@ class Item:
     Attributes:
         context: token ids, at least one: its last one is never fused, the answer begins there.
         continuation: token ids; empty where one is to be generated.
-        group: the question; its options have one group. Routing takes one model for a group, and a
-            mismatched cache is that of another group.
+        group: the question; its options have one group, and routing takes one model for a group.
+        document: what a mismatched cache must be of another of; None: the group.
     """
 
     context: tuple[int, ...]
     continuation: tuple[int, ...] = ()
     group: Hashable = 0
+    document: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def score(
 
     Raises:
         ValueError: an unknown mode or one that the pair does not allow; an empty context or
-            continuation; for ``"mismatched"`` items of one group only.
+            continuation; for ``"mismatched"`` items of one document only.
     """
     _check(items, scored=True)
     if mode == "routing":
@@ -149,26 +150,29 @@ def generate(
 
 
 def mismatched_contexts(items: Sequence[Item]) -> list[tuple[int, ...]]:
-    """For every item the context of another group, as near to its own in length as there is.
+    """For every item the context of another document, as near to its own in length as there is.
 
-    Equal contexts get the same one, whatever the batch. Which one it is does not depend on answers.
+    Equal contexts get the same one, whatever the batch; a single token, of which nothing is fused,
+    gets itself. Which one it is does not depend on answers.
 
     Raises:
-        ValueError: all items are of one group, or all contexts are the same.
+        ValueError: there is none.
     """
     known = sorted({(len(item.context), item.context): item for item in items}.items())
     place = {context: k for k, ((_, context), _) in enumerate(known)}
-    groups: dict[tuple[int, ...], set[Hashable]] = defaultdict(set)
+    owners: dict[tuple[int, ...], set[Hashable]] = defaultdict(set)
     for item in items:
-        groups[item.context].add(item.group)
+        owners[item.context].add(item.group if item.document is None else item.document)
     found: dict[tuple[int, ...], tuple[int, ...]] = {}
     for context, k in place.items():
+        if len(context) == 1:
+            found[context] = context  # its only token is the last one: nothing of it is fused
+            continue
         candidates = (other for far in range(1, len(known)) for other in (k + far, k - far))
         for other in candidates:
             if 0 <= other < len(known):
                 text = known[other][0][1]
-                # A context of one token shows a sharer nothing: the last token is not fused.
-                if not groups[text] & groups[context] and (len(text) > 1 or len(context) == 1):
+                if not owners[text] & owners[context] and len(text) > 1:
                     found[context] = text
                     break
         else:

@@ -1,0 +1,49 @@
+"""The options of `c2c eval`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def add_eval(commands: Any) -> None:
+    """Adds ``eval`` to the subcommands of `c2c`."""
+    parser = commands.add_parser(
+        "eval", help="benchmarks under every mode and control: does content cross? (extra: eval)"
+    )
+    for side in ("receiver", "sharer", "fuser"):
+        parser.add_argument(
+            f"--{side}", metavar="DIR", help=f"the {side}: a directory or a Hub name (shipped pair)"
+        )
+    parser.add_argument(
+        "--identical-fuser", metavar="DIR", help="between the receiver and itself (control)"
+    )
+    parser.add_argument(
+        "--tasks", metavar="TASK", nargs="+", required=True, help="of lm-evaluation-harness"
+    )
+    parser.add_argument("--include-path", metavar="DIR", help="task files of your own")
+    parser.add_argument(
+        "--modes",
+        metavar="MODE",
+        nargs="+",
+        help="receiver sharer ensemble routing t2t c2c mismatched zero noise identical (all)",
+    )
+    parser.add_argument("--limit", metavar="N", type=int, help="questions of each task (all)")
+    parser.add_argument("--num-fewshot", metavar="N", type=int, help="examples (the task's own)")
+    parser.add_argument("--batch-size", metavar="B", type=int, default=8, help="contexts (8)")
+    parser.add_argument(
+        "--chat-template", action="store_true", help="ask as the receiver's chat template does"
+    )
+    parser.add_argument(
+        "--metric", metavar="NAME", help="right or wrong by this (acc, exact_match)"
+    )
+    parser.add_argument(
+        "--t2t-tokens", metavar="N", type=int, default=128, help="that the sharer may write (128)"
+    )
+    parser.add_argument(
+        "--t2t-prompt", metavar="TEXT", help="what it is asked for, with {question}, {options}"
+    )
+    parser.add_argument(
+        "--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of both models"
+    )
+    parser.add_argument("--device", metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--json", metavar="FILE", help="also write all results to this file")

@@ -1,0 +1,102 @@
+"""What the modes answered to a task: counts, intervals, paired tests, verdict, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import combinations
+from typing import Any
+
+from .statistics import NEEDED, Comparison, compare, verdict, wilson_interval
+
+METRICS = ("acc", "exact_match")  # preferred, in this order, where a task has several
+
+
+def right_answers(
+    samples: Sequence[Mapping[str, Any]], metric: str | None = None
+) -> tuple[str, list[bool]] | None:
+    """Whether each question of a task was answered right; None where its metrics are no 0 and 1.
+
+    Args:
+        samples: as the harness logs them, for each question and filter one.
+        metric: to take; by default the first of `METRICS` that there is, or else the first at all.
+
+    Returns:
+        the metric's name, with the filter's (the first) where that is not "none", and the answers
+        in the order of the questions.
+
+    Raises:
+        ValueError: the task has no such metric, or its values are no 0 and 1.
+    """
+    if not samples:
+        return None
+    chosen = [s for s in samples if s["filter"] == samples[0]["filter"]]
+    names = [n for n in samples[0]["metrics"] if all(_is_answer(s.get(n)) for s in chosen)]
+    if metric is not None and metric not in names:
+        raise ValueError(
+            f"--metric: a task has no answers that are right or wrong by {metric!r}, only by "
+            f"{', '.join(names) or 'none'}"
+        )
+    if not names:
+        return None
+    name = metric or next((n for n in METRICS if n in names), names[0])
+    label = name if samples[0]["filter"] == "none" else f"{name}, {samples[0]['filter']}"
+    return label, [bool(s[name]) for s in sorted(chosen, key=lambda s: s["doc_id"])]
+
+
+def _is_answer(value: object) -> bool:
+    return isinstance(value, (bool, int, float)) and value in (0, 1)
+
+
+def summarise(right: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
+    """Counts with 95% intervals, all paired comparisons and the verdict, ready for JSON.
+
+    Args:
+        right: for every mode, whether each question was answered right; the same questions.
+
+    Returns:
+        ``verdict`` is None where C2C, the receiver or the mismatched cache was not measured.
+    """
+    modes = {}
+    for mode, answers in right.items():
+        low, high = wilson_interval(sum(answers), len(answers))
+        modes[mode] = {"right": sum(answers), "count": len(answers), "interval": [low, high]}
+    judged = None
+    if all(mode in right for mode in ("c2c", *NEEDED)):
+        judged = asdict(verdict(right))
+    return {
+        "modes": modes,
+        "comparisons": [asdict(compare(*pair, right)) for pair in combinations(right, 2)],
+        "verdict": judged,
+    }
+
+
+def table(task: str, metric: str, summary: Mapping[str, Any]) -> str:
+    """A task's results as a Markdown table with its verdict line."""
+    lines = [
+        f"{task} ({metric})",
+        "",
+        "| mode | right | 95% interval | only C2C : only it | p |",
+        "|---|---|---|---|---|",
+    ]
+    for mode, row in summary["modes"].items():
+        low, high = row["interval"]
+        cells = [mode, f"{row['right']} of {row['count']}", f"{low:.1%} - {high:.1%}"]
+        test = _against_c2c(mode, summary["comparisons"])
+        cells += ["", ""] if test is None else [f"{test[0]} : {test[1]}", f"{test[2]:.2g}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    judged = summary["verdict"]
+    needed = ", ".join(("c2c", *NEEDED))
+    lines += ["", judged["line"] if judged else f"no verdict: it needs the modes {needed}"]
+    return "\n".join(lines)
+
+
+def _against_c2c(
+    mode: str, comparisons: Sequence[Mapping[str, Any]]
+) -> tuple[int, int, float] | None:
+    for found in (Comparison(**c) for c in comparisons):
+        if (found.first, found.second) == ("c2c", mode):
+            return found.first_only, found.second_only, found.p
+        if (found.first, found.second) == (mode, "c2c"):
+            return found.second_only, found.first_only, found.p
+    return None

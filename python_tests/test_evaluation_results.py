@@ -1,0 +1,96 @@
+"""Counts, table, T2T wording and the options of `c2c eval`, without the harness."""
+
+import sys
+
+import pytest
+
+from c2c_ext.cli import main
+from c2c_ext.evaluation.results import right_answers, summarise, table
+from c2c_ext.evaluation.text_to_text import Wording
+
+
+def sample(doc: int, filter: str = "none", **metrics: float) -> dict:
+    return {"doc_id": doc, "filter": filter, "metrics": list(metrics), **metrics}
+
+
+def test_right_answers_are_in_the_order_of_questions_and_of_the_first_filter() -> None:
+    samples = [
+        sample(1, "strict", exact_match=0.0),
+        sample(0, "strict", exact_match=1.0),
+        sample(0, "loose", exact_match=1.0),
+        sample(1, "loose", exact_match=1.0),
+    ]
+    assert right_answers(samples) == ("exact_match, strict", [True, False])
+
+
+def test_right_answers_prefer_acc_and_take_the_metric_asked_for() -> None:
+    samples = [sample(k, acc_norm=1.0, acc=float(k), loss=0.5) for k in range(2)]
+    assert right_answers(samples) == ("acc", [False, True])
+    assert right_answers(samples, "acc_norm") == ("acc_norm", [True, True])
+    with pytest.raises(ValueError, match="right or wrong by 'loss', only by acc_norm, acc"):
+        right_answers(samples, "loss")
+    assert right_answers([sample(0, word_perplexity=2.5)]) is None
+    assert right_answers([]) is None
+
+
+def test_summary_and_table_show_counts_intervals_and_the_verdict() -> None:
+    right = {
+        "receiver": [False] * 10 + [True] * 2,
+        "c2c": [True] * 10 + [False] * 2,
+        "mismatched": [False] * 12,
+    }
+    summary = summarise(right)
+    assert summary["modes"]["c2c"]["right"] == 10
+    assert summary["modes"]["c2c"]["count"] == 12
+    pairs = [(c["first"], c["second"]) for c in summary["comparisons"]]
+    assert pairs == [("receiver", "c2c"), ("receiver", "mismatched"), ("c2c", "mismatched")]
+    assert summary["verdict"]["transferred"]
+    text = table("forms", "acc", summary)
+    # 2 * (1 + 12 + 66) / 4096 against the receiver, 2 / 1024 against the control.
+    assert "| receiver | 2 of 12 | 4.7% - 44.8% | 10 : 2 | 0.039 |" in text
+    assert "| mismatched | 0 of 12 | 0.0% - 24.2% | 10 : 0 | 0.002 |" in text
+    assert text.splitlines()[-1] == summary["verdict"]["line"]
+
+
+def test_summary_without_a_control_gives_no_verdict() -> None:
+    summary = summarise({"receiver": [False], "c2c": [True]})
+    assert summary["verdict"] is None
+    assert table("t", "acc", summary).endswith(
+        "no verdict: it needs the modes c2c, receiver, mismatched"
+    )
+
+
+def test_wording_fills_placeholders_once() -> None:
+    wording = Wording("Q: {question}{options}!", "{text} | {question}")
+    assert wording.asked("why {options}?", [" a", "b"]) == "Q: why {options}?\n- a\n- b!"
+    assert wording.asked("why", []) == "Q: why!"
+    assert wording.read("see {question}", "why") == "see {question} | why"
+
+
+def test_wording_refuses_what_says_nothing() -> None:
+    with pytest.raises(ValueError, match="t2t prompt must have the placeholder"):
+        Wording(prompt="write")
+    with pytest.raises(ValueError, match="t2t reading must have the placeholder"):
+        Wording(reading="{question}")
+    with pytest.raises(ValueError, match="t2t tokens must be at least 1, got 0"):
+        Wording(tokens=0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--batch-size", "-1"], "--batch-size must be at least 1, got -1"),
+        (["--num-fewshot", "-1"], "--num-fewshot must be at least 0, got -1"),
+        (["--include-path", "nowhere"], "--include-path: nowhere is no directory"),
+        (["--modes", "c2c", "magic"], "--modes: there are receiver, sharer, ensemble"),
+        (["--t2t-prompt", "x"], "--t2t-prompt: t2t prompt must have the placeholder {question}"),
+        ([], "needs the extra eval: pip install 'c2c_ext[eval]'"),
+    ],
+)
+def test_eval_refuses_with_one_line(options, message, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # importing it raises ImportError
+    assert main(["eval", "--tasks", "forms", *options]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"c2c eval: {message}") and shown.err.count("\n") == 1
+    assert shown.out == ""
