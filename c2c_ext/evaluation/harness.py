@@ -277,6 +277,8 @@ class C2CModel(LM):
             bare = context.rstrip()  # spaces belong to the word that follows
             start = self._encode(bare)
             rest = self._encode(bare + context[len(bare) :] + continuation)[len(start) :]
+            # One word of both, as chat templates join them before some tokenizers: cut it here.
+            rest = rest or self._encode(continuation, special=False)
         if not rest or not start:
             raise ValueError(f"a request makes no tokens: {context!r} and {continuation!r}"[:300])
         return start, rest

@@ -26,7 +26,7 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
 output_type: {kind}
-doc_to_text: "<bos> {{{{prompt}}}}"
+doc_to_text: "{{{{prompt}}}}"
 {rest}
 """
 CHOICE = """\
@@ -73,7 +73,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, kind, rest in kinds:
         text = TASK.format(name=f"forms_{name}", data=data, kind=kind, rest=rest)
         if kind == "loglikelihood_rolling":
-            text = text.replace('doc_to_text: "<bos> {{prompt}}"\n', "")
+            text = text.replace('doc_to_text: "{{prompt}}"\n', "")
         (directory / f"{name}.yaml").write_text(text)
     return directory
 
@@ -206,6 +206,14 @@ def test_chat_templates_are_the_receivers_and_t2t_rewrites_the_last_message(ship
     assert model._encode(rendered) == [w.BOS, *w.encode(prompt)]
     assert model._question(rendered) == prompt
     assert model._reading(rendered, "tea") == f"<bos> tea {prompt}"
+
+
+def test_eval_in_a_chat_template_sees_content_cross_too(tasks, tmp_path) -> None:
+    options = ("--tasks", "forms_choice", "--chat-template", "--modes")
+    found = run(tasks, tmp_path, *options, "receiver", "c2c", "mismatched")
+    assert found["settings"]["chat_template"]
+    assert found["tasks"]["forms_choice"]["modes"]["c2c"]["right"] >= 20
+    assert found["tasks"]["forms_choice"]["verdict"]["transferred"]
 
 
 def test_bad_arguments_are_refused(shipped: ChatModels, tasks, capsys) -> None:
