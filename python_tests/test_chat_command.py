@@ -312,6 +312,17 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
+    def interrupt(self, text: str) -> None:
+        """Presses Ctrl-C at a prompt until ``text`` is printed.
+
+        Python's readline takes notice of one that comes before it waits for keys at the next key.
+        """
+        for _ in range(PATIENCE):
+            self.type("\x03")
+            if select.select([self.terminal], [], [], 1.0)[0]:
+                break
+        self.until(text)
+
     def status(self) -> int:
         """The exit status, once what is printed last was read."""
         while True:
@@ -344,8 +355,7 @@ def test_a_terminal_has_prompts_hints_and_times() -> None:
         shell.type("/compare\n")
         out = shell.until("t2t> ")
         assert "cache to cache" in out and "(right is: copper)" in out
-        shell.type("\x03")
-        shell.until("(/quit or Ctrl-D ends)")
+        shell.interrupt("(/quit or Ctrl-D ends)")
         shell.until("t2t> ")
         shell.type("\x04")
         assert shell.status() == 0
