@@ -24,7 +24,7 @@ grep -vE '^(transformers|huggingface_hub)==' constraints.txt >"$constraints"
 export PIP_CONSTRAINT=$constraints PIP_BUILD_CONSTRAINT=$constraints
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${package}[demo,test]" "$@"
 
-cp -r python_tests benchmarks csrc cmake CMakeLists.txt tools pyproject.toml "$work"
+cp -r python_tests benchmarks csrc cmake docs tools CMakeLists.txt constraints.txt pyproject.toml "$work"
 cd "$work"
 "$venv/bin/python" -c "import c2c_ext, torch, transformers as t; \
 print('installed at', c2c_ext.__path__[0]); print('torch', torch.__version__, 'transformers', t.__version__)"

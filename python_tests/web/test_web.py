@@ -325,6 +325,8 @@ def test_the_command_serves_until_it_is_interrupted() -> None:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # A shell that runs the tests in the background has them, and their children, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     line = process.stdout.readline()
     assert line.startswith("c2c web: http://127.0.0.1:"), process.stderr.read()
