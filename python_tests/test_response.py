@@ -7,6 +7,7 @@ import plain_loop
 import pytest
 import tiny_models
 import torch
+from chat_checks import pair_of_sharers
 from generation_checks import (
     CLOSE,
     VISIBLE,
@@ -41,13 +42,7 @@ def each_trio(request):
 @pytest.fixture(scope="module")
 def pair():
     """(receiver, two sharers, their fusers)."""
-    receiver = tiny_models.receiver_model()
-    sharers = [tiny_models.sharer_model(), tiny_models.other_sharer_model()]
-    fusers = [
-        tiny_models.fuser_between(receiver, sharers[0]),
-        tiny_models.fuser_between(receiver, sharers[1], layer_map=[0, 0, 1]),
-    ]
-    return receiver, sharers, fusers
+    return pair_of_sharers()
 
 
 def new_cache(kind: str, receiver):
