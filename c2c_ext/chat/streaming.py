@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -115,6 +116,8 @@ class _CountingStreamer(TextIteratorStreamer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Ctrl-C while queue.Queue waits may come between its locks: RuntimeError instead.
+        self.text_queue = queue.SimpleQueue()
         self.tokens, self.first, self.ended = 0, None, False
 
     def put(self, value: torch.Tensor) -> None:
