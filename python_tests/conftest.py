@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,9 @@ if torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
     "c2c::fuse_", "CUDA"
 ):
     DEVICES.append("cuda")
+
+# `benchmarks` of the checkout; last, so that an installed c2c_ext is the one that is tested.
+sys.path.append(str(Path(__file__).parent.parent))
 
 # Files that are not collected: without a GPU, or without the sources that they build.
 collect_ignore = [] if "cuda" in DEVICES else ["test_cuda.py", "test_cuda_train.py"]

@@ -1,0 +1,1 @@
+"""The worlds: modules with NAME, TITLE, train(), evaluate() and latency() (`..runs`)."""
