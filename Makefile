@@ -6,6 +6,7 @@
 # make lint   ruff and clang-format, as CI runs them    make clean  everything built or installed here
 # make sanitize   the op's tests under AddressSanitizer and UBSan
 # make train-tiny   trains the demo's fuser by `c2c train`, in minutes
+# make evidence-quick, make evidence   the figures of docs/evidence.md anew: one pair, or all of them
 # make support  runs the tests of architectures and caches and writes docs/support.md from them
 # make check-cuda   compiles every kernel for two GPUs and records what each needs (needs nvcc, no GPU)
 PYTHON ?= python3
@@ -22,7 +23,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell f
 CPP := $(shell find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-web test-eval test-oldest test-matrix wheel sanitize support check-cuda lint format \
-  tiny-pair train-tiny clean
+  tiny-pair train-tiny evidence evidence-quick clean
 
 demo: $(VENV)/.built
 	$(VENV)/bin/c2c demo
@@ -98,6 +99,21 @@ tiny-pair: $(VENV)/.built
 	$(VENV)/bin/c2c train --receiver $(PAIR)/receiver --sharer $(PAIR)/sharer \
 	  --data $(PAIR)/train.jsonl --config tiny --set seed=$(SEED) --output $(PAIR)/fuser
 	$(VENV)/bin/python -m c2c_ext.demo.evaluate $(PAIR) --seed $(SEED) --json $(PAIR)/held_out.json
+
+# One pair from scratch (minutes), its counts beside the recorded ones; tables and drawings redrawn.
+EVIDENCE := $(VENV)/bin/python -m benchmarks.evidence
+evidence-quick: $(VENV)/.built
+	rm -rf build/evidence_quick
+	$(EVIDENCE) run form --seeds 0 --work build/evidence_quick --output build/evidence_quick/results
+	$(EVIDENCE) compare build/evidence_quick/results
+	$(EVIDENCE) report
+
+# Every pair from scratch, every table and drawing (one to two hours on two cores).
+evidence: $(VENV)/.built
+	rm -rf build/evidence
+	$(EVIDENCE) run --jobs 2
+	$(VENV)/bin/python -m benchmarks.evidence.ablations --jobs 2
+	$(EVIDENCE) report
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,10 @@
 """usage: python -m benchmarks.evidence run [WORLD ...] [--seeds S ...] [--jobs J] [--only PART ...]
+       python -m benchmarks.evidence compare DIR
        python -m benchmarks.evidence report [--check]
 
 `run` trains, asks and times worlds and writes benchmarks/results/evidence/WORLD_seedS.json; what is
-trained is kept in --work and not trained again. `report` writes the tables and drawings of
+trained is kept in --work and not trained again. `compare` sets the counts of result files elsewhere
+beside the recorded ones. `report` writes the tables and drawings of
 docs/evidence.md from these files, or only says whether they are as the files have it (--check).
 """
 
@@ -15,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.evidence import runs
+from benchmarks.evidence.outcomes import read_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
@@ -36,6 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--work", type=Path, default=ROOT / "build" / "evidence", metavar="DIR")
     run.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
     run.add_argument("--again", action="store_true", help="train what is trained, too")
+    compare = commands.add_parser("compare", help="counts beside the recorded ones")
+    compare.add_argument("directory", type=Path, metavar="DIR", help="the --output of a run")
     report = commands.add_parser("report", help="tables and drawings from the result files")
     report.add_argument("--check", action="store_true", help="write nothing; exit 1 if they differ")
     return parser
@@ -49,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         from benchmarks.evidence import report
 
         return report.main(check=options.check)
+    if options.command == "compare":
+        return compare(options.directory)
     names = options.worlds or runs.names()
     if unknown := sorted(set(names) - set(runs.names())):
         parser.error(f"WORLD: there are {', '.join(runs.names())}; got {', '.join(unknown)}")
@@ -63,6 +70,24 @@ def main(arguments: list[str] | None = None) -> int:
         for job in jobs:
             done = _one(options, *job, ["latency"]) and done
     return 0 if done else 1
+
+
+def compare(directory: Path) -> int:
+    """Prints right answers there beside those that are recorded; returns 1 if there are none."""
+    runs = {(run.world, run.seed): run for run in read_runs(RESULTS)}
+    here = read_runs(directory)
+    for run in here:
+        other = runs.get((run.world, run.seed))
+        recorded = {cell.name: cell for cell in other.cells} if other else {}
+        print(f"{run.world}, seed {run.seed}: right now : as recorded, of as many questions")
+        for cell in run.cells:
+            old = recorded.get(cell.name)
+            known = {mode: old.count(mode) for mode in old.right} if old else {}
+            counts = [f"{mode} {cell.count(mode)} : {known.get(mode, '-')}" for mode in cell.right]
+            print(f"  {cell.name} ({cell.questions}): {', '.join(counts)}")
+    if not here:
+        print(f"no result files in {directory}", file=sys.stderr)
+    return 0 if here else 1
 
 
 def _parallel(options: argparse.Namespace, jobs: list[tuple[str, int]], parts: list[str]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,3 @@ def update_run(directory: Path, world: str, seed: int, **sections: Mapping[str, 
     text = json.dumps(document, indent=1) + "\n"
     write_atomically({path: lambda place: Path(place).write_text(text, "utf-8")})
     return path
-
-
-def pooled(cells: Sequence[Cell], mode: str) -> tuple[int, int]:
-    """Right answers and questions of a mode over several cells that all have it."""
-    return sum(cell.count(mode) for cell in cells), sum(cell.questions for cell in cells)

@@ -221,13 +221,26 @@ def answer_swapped(pair: Pair, questions: Questions) -> tuple[Tensor, Tensor]:
     return logits, questions.answers(world, others)
 
 
-def chance_interval(count: int, level: float = 0.95) -> tuple[int, int]:
+def chance_interval(
+    count: int, level: float = 0.95, candidates: int = w.NUM_VALUES
+) -> tuple[int, int]:
     """The central interval of right answers out of `count` that guessing gives with `level`.
 
-    Exact: each tail outside of it has at most (1 - level) / 2 of the binomial distribution.
+    Exact: each tail outside of it has at most (1 - level) / 2 of the binomial distribution. A guess
+    is right one time in `candidates`.
     """
-    p, tail = 1 / w.NUM_VALUES, (1 - level) / 2
-    pmf = [math.comb(count, k) * p**k * (1 - p) ** (count - k) for k in range(count + 1)]
+    p, tail = 1 / candidates, (1 - level) / 2
+    log_p, log_q, total = math.log(p), math.log1p(-p), math.lgamma(count + 1)
+    pmf = [
+        math.exp(
+            total
+            - math.lgamma(k + 1)
+            - math.lgamma(count - k + 1)
+            + k * log_p
+            + (count - k) * log_q
+        )
+        for k in range(count + 1)
+    ]
     low = next(k for k in range(count + 1) if math.fsum(pmf[: k + 1]) > tail)
     high = next(k for k in range(count, -1, -1) if math.fsum(pmf[k:]) > tail)
     return low, high

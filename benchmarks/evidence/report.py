@@ -1,0 +1,391 @@
+"""The tables and drawings of docs/evidence.md, made from the result files alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.evidence.outcomes import Cell, Run, read_runs
+from benchmarks.tables import MARKED, markdown
+from c2c_ext.analysis.chart import Panel, bar_chart, line_chart
+from c2c_ext.demo.evaluate import chance_interval
+from c2c_ext.evaluation.statistics import compare, verdict, wilson_interval
+from c2c_ext.measure import write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "evidence"
+DOCUMENT = ROOT / "docs" / "evidence.md"
+CONFIRMATION = 3  # the first seed that is not one of those that are added up
+
+LABELS = {
+    "receiver": "receiver alone",
+    "sharer": "sharer alone",
+    "routing": "routing by confidence",
+    "ensemble": "logit ensemble",
+    "t2t": "T2T: the sharer writes, the receiver reads",
+    "t2t_parallel": "parallel text: read off one prefill",
+    "t2t_asked": "T2T of a sharer that sees the question",
+    "c2c": "**C2C**",
+    "mismatched": "control: another question's cache",
+    "zero": "control: a cache of zeros",
+    "noise": "control: noise of equal norm",
+    "identical": "control: the receiver as its own sharer",
+    "swapped": "another entity's cache: says that entity's fact",
+}
+AT_CHANCE = ("receiver", "mismatched", "zero", "noise", "identical")
+BUDGET = re.compile(r"(.*), (\d+) facts? written")  # cells of T2T that stops early
+
+
+class Report:
+    """What the result files of a directory say, as Markdown and SVG.
+
+    Args:
+        directory: of the files.
+    """
+
+    def __init__(self, directory: Path = RESULTS) -> None:
+        self.directory = directory
+        self.worlds: dict[str, list[Run]] = {}
+        for run in read_runs(directory):
+            self.worlds.setdefault(run.world, []).append(run)
+
+    def table(self, name: str) -> str:
+        """The text between the marks of a table, e.g. of ``"accuracy form"``.
+
+        Raises:
+            ValueError: there is none of this name, or no result file for it.
+        """
+        if name == "ablations":
+            from benchmarks.evidence import ablations
+
+            return ablations.table(self.directory / "ablations.json")
+        if name == "summary":
+            return self.summary()
+        what, _, world = name.partition(" ")
+        makers = {
+            "accuracy": self.accuracy,
+            "paired": self.paired,
+            "verdicts": self.verdicts,
+            "latency": self.latency,
+            "budgets": self.budgets,
+            "training": self.training,
+        }
+        if what not in makers:
+            raise ValueError(f"docs/evidence.md: no table {name!r}")
+        if world not in self.worlds:
+            raise ValueError(f"docs/evidence.md: no result file of the world {world!r}")
+        return makers[what](world)
+
+    def cells(self, world: str, *, confirmation: bool = False) -> dict[str, Cell]:
+        """By name, the questions of all seeds that are added up, or of the fresh ones."""
+        runs = [r for r in self.worlds[world] if (r.seed >= CONFIRMATION) == confirmation]
+        found: dict[str, list[Cell]] = {}
+        for run in runs:
+            for cell in run.cells:
+                found.setdefault(cell.name, []).append(cell)
+        joined = {}
+        for name, cells in found.items():
+            if len(cells) != len(runs):
+                raise ValueError(f"{world}: not every seed has the cell {name!r}")
+            right = {
+                mode: torch.cat([cell.right[mode] for cell in cells])
+                for mode in cells[0].right
+                if all(mode in cell.right for cell in cells)
+            }
+            written = {
+                mode: sum(cell.written[mode] for cell in cells) / len(cells)
+                for mode in cells[0].written
+            }
+            joined[name] = Cell(name, cells[0].candidates, right, written)
+        return joined
+
+    def main_cells(self, world: str, *, confirmation: bool = False) -> dict[str, Cell]:
+        """Without the cells of T2T that stops early."""
+        cells = self.cells(world, confirmation=confirmation)
+        return {name: cell for name, cell in cells.items() if not BUDGET.fullmatch(name)}
+
+    def accuracy(self, world: str) -> str:
+        """Right answers of every mode in every cell: seeds added up / the fresh seed."""
+        cells, fresh = self.main_cells(world), self.main_cells(world, confirmation=True)
+        lines = []
+        for mode in _modes(cells.values()):
+            line = [LABELS.get(mode, mode)]
+            for name, cell in cells.items():
+                counts = [str(cell.count(mode)) if mode in cell.right else ""]
+                if name in fresh and mode in fresh[name].right:
+                    counts.append(str(fresh[name].count(mode)))
+                line.append(" / ".join(counts) if counts[0] else "")
+            lines.append(line)
+        first = next(iter(cells.values()))
+        added = [run.seed for run in self.worlds[world] if run.seed < CONFIRMATION]
+        new = [run.seed for run in self.worlds[world] if run.seed >= CONFIRMATION]
+        said = f"Right answers of {first.questions:,} (seeds {_listed(added)}"
+        if fresh:
+            said += f") / of {next(iter(fresh.values())).questions:,} (fresh: {_listed(new)}"
+        said += f"); guessing is right one time in {first.candidates}.\n\n"
+        return said + markdown(["", *cells], lines) + "\n" + self.where(world, "accuracy")
+
+    def paired(self, world: str) -> str:
+        """Of the last cell: counts with intervals, and McNemar's test against C2C."""
+        cell = list(self.main_cells(world).values())[-1]
+        lines = []
+        for mode in _modes([cell]):
+            right = cell.count(mode)
+            low, high = wilson_interval(right, cell.questions)
+            line = [LABELS.get(mode, mode), f"{right}", _percent(right / cell.questions)]
+            line.append(f"{_percent(low)} to {_percent(high)}")
+            if mode in ("c2c", "swapped"):
+                line += ["", ""]
+            else:
+                test = compare("c2c", mode, {m: b.tolist() for m, b in cell.right.items()})
+                line.append(f"{test.first_only} : {test.second_only}")
+                line.append(_p(test.p))
+            written = cell.written.get(mode)
+            lines.append([*line, "" if written is None else f"{written:g}"])
+        header = ["", f"of {cell.questions:,}", "share", "95% interval"]
+        header += ["only C2C right : only this", "p (McNemar)", "tokens written"]
+        said = f"Questions `{cell.name}`, all seeds that are added up.\n\n"
+        return said + markdown(header, lines) + "\n" + self.where(world, "accuracy")
+
+    def verdicts(self, world: str) -> str:
+        """Whether content crossed, by cell; and whether what must guess does guess."""
+        sentences = []
+        for confirmation in (False, True):
+            cells = self.main_cells(world, confirmation=confirmation)
+            if not cells:
+                continue
+            seeds = [
+                run.seed for run in self.worlds[world] if (run.seed >= CONFIRMATION) == confirmation
+            ]
+            found = {
+                name: verdict({mode: bits.tolist() for mode, bits in cell.right.items()})
+                for name, cell in cells.items()
+                if {"c2c", "receiver", "mismatched"} <= set(cell.right)
+            }
+            good = sum(one.transferred for one in found.values())
+            sentences.append(
+                f"- Seed{'s' * (len(seeds) > 1)} {_listed(seeds)}: content transferred in {good} "
+                f"of {len(found)} cells."
+                + "".join(f" {n}: {v.line}." for n, v in found.items() if not v.transferred)
+            )
+            sentences.append(_at_chance(cells))
+        return "\n".join(sentences) + "\n"
+
+    def latency(self, world: str) -> str:
+        """Milliseconds from question to answer, and C2C's parts."""
+        run = self.timed(world)
+        rows = [row for row in run.latency if not BUDGET.fullmatch(row["cell"])]
+        cells = list(dict.fromkeys(row["cell"] for row in rows))
+        modes = _ordered({row["mode"] for row in rows})
+        at = {(row["mode"], row["cell"]): row for row in rows}
+        lines = []
+        for mode in modes:
+            found = [at.get((mode, cell)) for cell in cells]
+            texts = [
+                f"{r['median']:.2f} ({r['p20']:.2f} to {r['p80']:.2f})" if r else "" for r in found
+            ]
+            lines.append([LABELS.get(mode, mode), *texts])
+        parts = dict.fromkeys(
+            p for row in rows if row["mode"] == "c2c" for p in row.get("parts", {})
+        )
+        for part in parts:
+            texts = [
+                f"{at['c2c', cell]['parts'][part]:.2f}" if ("c2c", cell) in at else ""
+                for cell in cells
+            ]
+            lines.append([f"of C2C: {part.replace('_', ' ')}", *texts])
+        if "t2t" in modes and "c2c" in modes:
+            both = [(at.get(("t2t", c)), at.get(("c2c", c))) for c in cells]
+            texts = [f"{a['median'] / b['median']:.1f} x" if a and b else "" for a, b in both]
+            lines.append(["T2T : C2C", *texts])
+        said = (
+            "Milliseconds from question to answer, batch 1, median (20th to 80th percentile), all "
+        )
+        said += f"modes alternating, {rows[0]['rounds']} rounds, seed {run.seed}.\n\n"
+        return said + markdown(["", *cells], lines) + "\n" + self.where(world, "latency")
+
+    def budgets(self, world: str) -> str:
+        """T2T that stops after some facts, against C2C and parallel text, by time."""
+        points = self.budget_points(world)
+        lines = [[label, f"{ms:.2f}", str(right), str(of)] for label, ms, right, of in points]
+        said = "Accuracy over the seeds that are added up, times of one seed.\n\n"
+        table = markdown(["", "ms (median)", "right", "of"], lines)
+        return said + table + "\n" + self.where(world, "accuracy", "latency")
+
+    def budget_points(self, world: str) -> list[tuple[str, float, int, int]]:
+        """(label, median ms, right, questions) of T2T by facts written, then of other modes."""
+        cells = self.cells(world)
+        times = {(row["cell"], row["mode"]): row["median"] for row in self.timed(world).latency}
+        points, base = [], None
+        for name, cell in cells.items():
+            if match := BUDGET.fullmatch(name):
+                base = match[1]
+                label = f"T2T, {match[2]} facts written"
+                points.append((label, times[name, "t2t"], cell.count("t2t"), cell.questions))
+        if base is None:
+            raise ValueError(f"{world}: T2T was never stopped early")
+        for mode in ("receiver", "t2t_parallel", "t2t_asked", "c2c"):
+            if mode in cells[base].right and (base, mode) in times:
+                cell = cells[base]
+                points.append((LABELS[mode], times[base, mode], cell.count(mode), cell.questions))
+        return points
+
+    def training(self, world: str) -> str:
+        """What was trained: seconds and parameters of every stage and seed."""
+        lines = []
+        for run in self.worlds[world]:
+            training = run.document["training"]
+            stages = training.get("stages", {})
+            text = ", ".join(
+                f"{name} {stage['parameters']:,} in {stage['seconds']:.0f} s"
+                for name, stage in stages.items()
+            )
+            lines.append([str(run.seed), text, f"{training['seconds']:.0f}"])
+        return markdown(["seed", "parameters and seconds", "seconds in all"], lines)
+
+    def summary(self) -> str:
+        """One line a world: the last cell's C2C, text, receiver, worst control, and times."""
+        lines = []
+        for world, runs in self.worlds.items():
+            cell = list(self.main_cells(world).values())[-1]
+            worst = max((m for m in AT_CHANCE[1:] if m in cell.right), key=cell.count)
+            times = {}
+            if any(run.latency for run in runs):
+                rows = self.timed(world).latency
+                times = {r["mode"]: r["median"] for r in rows if r["cell"] == cell.name}
+            shown = [f"{cell.count(mode)}" if mode in cell.right else "" for mode in ("c2c", "t2t")]
+            parallel = f"{cell.count('t2t_parallel')}" if "t2t_parallel" in cell.right else ""
+            ms = [f"{times[mode]:.1f}" if mode in times else "" for mode in ("c2c", "t2t")]
+            lines.append(
+                [
+                    f"{runs[0].document['title']} ({cell.name})",
+                    f"{cell.questions:,}",
+                    *shown,
+                    parallel,
+                    f"{cell.count('receiver')}",
+                    f"{cell.count(worst)} ({worst})",
+                    f"{cell.written.get('t2t', 0):g}",
+                    " / ".join(ms) if all(ms) else "",
+                ]
+            )
+        header = ["world", "questions", "C2C", "T2T", "parallel text", "receiver", "best control"]
+        return markdown([*header, "T2T's tokens", "ms C2C / T2T"], lines)
+
+    def timed(self, world: str) -> Run:
+        """The run of the lowest seed that has times."""
+        for run in self.worlds[world]:
+            if run.latency:
+                return run
+        raise ValueError(f"{world}: no times were measured")
+
+    def where(self, world: str, *sections: str) -> str:
+        """When and on what was measured, with links to the files."""
+        sentences = []
+        for section in sections:
+            runs = [self.timed(world)] if section == "latency" else self.worlds[world]
+            runs = [run for run in runs if section in run.document]
+            said = {_environment(run.document[section]["environment"]) for run in runs}
+            files = ", ".join(
+                f"[{run.path.name}](../benchmarks/results/evidence/{run.path.name})" for run in runs
+            )
+            sentences.append(f"{section.capitalize()}: {'; '.join(sorted(said))}: {files}.")
+        return "\n".join(sentences) + "\n"
+
+    def drawings(self) -> dict[str, str]:
+        """SVG by file name."""
+        found = {}
+        for world, runs in self.worlds.items():
+            cell = list(self.main_cells(world).values())[-1]
+            title = f"{runs[0].document['title']}: right of {cell.questions:,} ({cell.name})"
+            bars = [(LABELS.get(m, m).strip("*"), cell.count(m)) for m in _modes([cell])]
+            note = f"guessing: {cell.questions / cell.candidates:.0f}; {world}_seed*.json"
+            found[f"{world}.svg"] = bar_chart(title, note, bars)
+            if any(BUDGET.fullmatch(name) for name in self.cells(world)):
+                found[f"{world}_budgets.svg"] = self._budget_drawing(world)
+        if (self.directory / "ablations.json").exists():
+            from benchmarks.evidence import ablations
+
+            found["ablations.svg"] = ablations.drawing(self.directory / "ablations.json")
+        return found
+
+    def _budget_drawing(self, world: str) -> str:
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for label, ms, right, of in self.budget_points(world):
+            name = "T2T, stopped early" if label.startswith("T2T, ") else label.strip("*")
+            lines.setdefault(name.partition(":")[0], []).append((ms, right / of))
+        panel = Panel("share of right answers", "milliseconds", lines, 0.0, 1.0)
+        return line_chart("Accuracy at equal time", f"{world}_seed*.json", [panel])
+
+
+def _modes(cells: Any) -> list[str]:
+    return _ordered({mode for cell in cells for mode in cell.right})
+
+
+def _ordered(modes: set[str]) -> list[str]:
+    known = [mode for mode in LABELS if mode in modes]
+    place = known.index("c2c") + 1 if "c2c" in known else len(known)
+    return [*known[:place], *sorted(modes - set(known)), *known[place:]]
+
+
+def _at_chance(cells: dict[str, Cell]) -> str:
+    """Jointly: by Bonferroni every control of every cell has an interval of its own."""
+    tests = [(n, m, c) for n, c in cells.items() for m in AT_CHANCE if m in c.right]
+    level = 1 - 0.05 / len(tests)
+    astray, spans = [], set()
+    for name, mode, cell in tests:
+        low, high = chance_interval(cell.questions, level, cell.candidates)
+        spans.add((low, high))
+        if not low <= cell.count(mode) <= high:
+            astray.append(f"{mode} ({name}): {cell.count(mode)}")
+    inside = " or ".join(f"{low} to {high}" for low, high in sorted(spans))
+    outside = f"outside are {'; '.join(astray)}" if astray else "all are"
+    return (
+        f"  Who knows nothing ({', '.join(dict.fromkeys(m for _, m, _ in tests))}: {len(tests)} "
+        f"counts) must be within {inside}, in 95% of cases all at once: {outside}."
+    )
+
+
+def _environment(environment: dict[str, Any]) -> str:
+    return (
+        f"measured on {environment['date'][:10]} at {(environment['commit'] or 'no commit')[:7]}"
+        + (" and changes" if environment.get("dirty") else "")
+        + f", {environment['cpu']}, torch {environment['torch']}, "
+        + f"transformers {environment['transformers']}"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _p(p: float) -> str:
+    return f"{p:.2g}" if p >= 1e-300 else "< 1e-300"
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def filled(text: str, report: Report) -> str:
+    """A document's text with its tables written anew."""
+    return MARKED.sub(lambda match: match[1] + report.table(match[2]) + match[3], text)
+
+
+def main(*, check: bool) -> int:
+    """Writes tables and drawings, or compares them; returns the exit status."""
+    report = Report()
+    wanted = {RESULTS / name: svg for name, svg in report.drawings().items()}
+    wanted[DOCUMENT] = filled(DOCUMENT.read_text("utf-8"), report)
+    status = 0
+    for path, text in wanted.items():
+        if path.exists() and path.read_text("utf-8") == text:
+            continue
+        print(f"{path.relative_to(ROOT)}: {'differs' if check else 'written'}")
+        status = 1
+        if not check:
+            write_text(path, text)
+    return status if check else 0
