@@ -49,11 +49,12 @@ def run(
     done = directory / DONE
     if "train" in parts and (again or not done.exists()):
         directory.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         training = world.train(seed, directory)
         training = {
             "environment": environment(),
             "seconds": round(time.perf_counter() - started, 1),
+            "cpu_seconds": round(time.process_time() - cpu, 1),  # whatever else the machine did
             **training,
         }
         done.write_text(json.dumps(training, indent=1) + "\n")
