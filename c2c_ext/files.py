@@ -95,6 +95,32 @@ def parse_json(text: bytes, where: str) -> Any:
         raise ValueError(f"c2c_ext: {where} is not valid JSON: {error}") from error
 
 
+def checked_target(option: str, place: str | os.PathLike) -> Path:
+    """Where a file that an option names will be written, resolved, checked before the work begins.
+
+    A temporary file is made beside it and removed, as `write_atomically` will: only that tells
+    whether the directory takes one, and a name of that length.
+
+    Raises:
+        ValueError: there is no such directory, something that is no regular file stands there, or
+            no file can be made; names the option.
+    """
+    try:
+        target = Path(place).resolve()  # a link stays, what it points to is written
+        if target.exists() and not target.is_file():
+            raise ValueError(f"{option}: {target} exists and is not a regular file")
+        if not target.parent.is_dir():
+            raise ValueError(f"{option}: there is no directory {target.parent}")
+        temporary = _temporary(target)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        temporary.unlink()
+    except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError before 3.13
+        why = getattr(error, "strerror", None) or str(error)
+        place = shown_name(str(place), 300)
+        raise ValueError(f"{option}: {place} cannot be written: {why}") from error
+    return target
+
+
 def write_atomically(files: Mapping[Path, Callable[[str], Any]]) -> None:
     """Writes files beside their places, then moves all of them there.
 
@@ -108,7 +134,7 @@ def write_atomically(files: Mapping[Path, Callable[[str], Any]]) -> None:
     temporaries: dict[Path, Path] = {}
     try:
         for path, write in files.items():
-            temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+            temporary = _temporary(path)
             # Exclusive, and with the permissions that any new file gets.
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             temporaries[path] = temporary
@@ -120,6 +146,10 @@ def write_atomically(files: Mapping[Path, Callable[[str], Any]]) -> None:
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
 def listed(names: Iterable[str]) -> str:

@@ -10,8 +10,8 @@ ANALYSES = {
     "weights": "gates and mean dynamic weights per layer and head",
     "layers": "answers when only some layers are fused",
     "positions": "answers when only a part of the positions is fused",
-    "attention": "cosine of attention outputs, fused and plain",
-    "solved": "which questions each mode solves",
+    "attention": "cosine of attention outputs, fused and plain, and what it predicts",
+    "solved": "which questions each mode and control solves; does content cross?",
 }
 
 
@@ -36,6 +36,15 @@ def add_analyze(commands: Any) -> None:
         metavar="N",
         type=int,
         help="questions at most (of each kind), drawn, always the same ones",
+    )
+    analyze.add_argument(
+        "--form-size", metavar="K", type=int, help="attributes in the shipped pair's forms (6)"
+    )
+    analyze.add_argument(
+        "--t2t-tokens", metavar="N", type=int, help="solved: that the sharer may write (128)"
+    )
+    analyze.add_argument(
+        "--t2t-prompt", metavar="TEXT", help="solved: what it is asked for, with {question} in it"
     )
     analyze.add_argument(
         "--dtype",

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 from ..cache import KVPairs
 from ..demo.evaluate import continue_from
-from ..fuser import Fuser
-from .readings import Reading, fused
 
 
 @torch.no_grad()
-def attention_outputs(receiver: PreTrainedModel, cache: KVPairs, last: Tensor) -> list[Tensor]:
-    """What each attention layer adds to the residual stream at the last token.
+def attention_outputs(
+    receiver: PreTrainedModel, cache: KVPairs, last: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """What each attention layer adds to the residual stream at the last token, and the logits.
 
     Args:
         receiver: with one attention module per layer.
@@ -25,7 +25,7 @@ def attention_outputs(receiver: PreTrainedModel, cache: KVPairs, last: Tensor) -
         last: int64 ``[B, 1]``.
 
     Returns:
-        per layer ``[B, hidden size]``, after the output projection.
+        per layer ``[B, hidden size]``, after the output projection; logits ``[B, V]``.
 
     Raises:
         ValueError: a model whose attention modules are not found.
@@ -41,41 +41,33 @@ def attention_outputs(receiver: PreTrainedModel, cache: KVPairs, last: Tensor) -
 
     handles = [m.register_forward_hook(keeper(i)) for i, m in enumerate(modules)]
     try:
-        continue_from(receiver, cache, last)
+        logits = continue_from(receiver, cache, last)
     finally:
         for handle in handles:
             handle.remove()
-    return [found[layer] for layer in range(len(modules))]
+    return [found[layer] for layer in range(len(modules))], logits
 
 
-def attention_rows(
-    receiver: PreTrainedModel, fuser: Fuser, readings: Sequence[Reading]
-) -> list[dict[str, Any]]:
-    """Cosine between attention outputs on the fused and on the plain cache, per layer.
+def attention_cosines(outputs: Sequence[Tensor], plain: Sequence[Tensor]) -> Tensor:
+    """Cosine of two `attention_outputs`, float64 ``[layers, B]``.
 
-    At the last prompt token, the first that reads the fused cache. 1: attention puts out what it
-    does without the sharer. Layers after the first also see different inputs: what the earlier ones
-    put out. A small cosine shows that fusing changes the receiver, not that it helps.
-
-    Returns:
-        rows with ``layer``, ``mean``, ``min`` and ``max`` over the prompts, and their number; a
-        prompt for which either output is zero counts as cosine 1 if both are, else 0.
+    1 where both are the same, zeros too; 0 where one alone is zero.
     """
-    cosines: list[list[Tensor]] = []
-    for reading in readings:
-        plain, changed = (
-            attention_outputs(receiver, cache, reading.last)
-            for cache in (reading.receiver, fused(reading, fuser))
-        )
-        cosines.append(
-            [_cosine(a.double(), b.double()) for a, b in zip(plain, changed, strict=True)]
-        )
-    rows = []
-    for layer, parts in enumerate(zip(*cosines, strict=True)):
-        c = torch.cat(parts)
-        spread = {name: float(getattr(c, name)()) for name in ("mean", "min", "max")}
-        rows.append({"layer": layer, **spread, "questions": len(c)})
-    return rows
+    return torch.stack(
+        [_cosine(a.double(), b.double()) for a, b in zip(outputs, plain, strict=True)]
+    )
+
+
+def cosine_rows(cosines: Tensor) -> list[dict[str, Any]]:
+    """Cosines ``[layers, Q]`` summed up: ``layer``, ``mean``, ``min``, ``max``, ``questions``."""
+    return [
+        {
+            "layer": layer,
+            **{name: float(getattr(c, name)()) for name in ("mean", "min", "max")},
+            "questions": len(c),
+        }
+        for layer, c in enumerate(cosines)
+    ]
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..chat.heat_map import FONT, _colour
+from ..chat.heat_map import FONT, weight_colour
 from ..chat.text import printable
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#222222")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 300, 64, 16, 46, 46
-BAR, CELL, LABELS = 22, 30, 200
+BAR, CELL, LABELS = 22, 30, 220
 INK, GREY = "#1a1a1a", "#888888"
 
 Points = Sequence[tuple[float, float]]
@@ -27,6 +27,7 @@ class Panel:
     lines: Mapping[str, Points]
     low: float | None = None  # of the y axis; None: from the points
     high: float | None = None
+    joined: bool = True  # the points of a line
 
 
 def line_chart(title: str, note: str, panels: Sequence[Panel]) -> str:
@@ -76,7 +77,7 @@ def weight_map(
         y = 50 + i * BAR
         body.append(_text(LABELS - 8, y + 15, label, "end"))
         for h, (weight, is_open) in enumerate(cells):
-            fill = _colour(weight) if is_open else "url(#closed)"
+            fill = weight_colour(weight) if is_open else "url(#closed)"
             said = f"{label}, head {h}: {weight:.3f}" + ("" if is_open else ", gate closed")
             body.append(
                 f"<rect x='{LABELS + h * CELL}' y='{y}' width='{CELL - 1}' height='{BAR - 1}' "
@@ -117,13 +118,15 @@ def _panel(panel: Panel, colours: Mapping[str, str]) -> list[str]:
         out.append(_line([(LEFT, y), (right, y)], "#dddddd"))
         out.append(_text(LEFT - 6, y + 4, f"{value:.3g}", "end"))
     step = -(-len(xs) // 12)
-    out += [_text(at(x, low)[0], bottom + 16, f"{x:g}", "middle") for x in xs[::step]]
+    ticks = xs[::step] if panel.joined else [xs[0] + (xs[-1] - xs[0]) * i / 4 for i in range(5)]
+    labels = {f"{x:.3g}": x for x in ticks}
+    out += [_text(at(x, low)[0], bottom + 16, label, "middle") for label, x in labels.items()]
     out.append(_text((LEFT + right) / 2, bottom + 34, panel.x, "middle"))
     frame = [(LEFT, TOP), (right, TOP), (right, bottom), (LEFT, bottom), (LEFT, TOP)]
     out.append(_line(frame, GREY))
     for name, line in panel.lines.items():
         drawn = [at(x, y) for x, y in line if math.isfinite(x) and math.isfinite(y)]
-        if len(drawn) > 1:
+        if len(drawn) > 1 and panel.joined:
             out.append(_line(drawn, colours[name], 2))
         out += [
             f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3' fill='{colours[name]}'/>" for x, y in drawn

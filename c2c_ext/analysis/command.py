@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..chat.models import ChatModels, load_models
 from ..chat.text import printable
-from ..info import _checked_target
+from ..demo.world import NUM_ATTRIBUTES
+from ..files import checked_target
 from ..machine import environment
 from ..measure import document, write_json, write_text
-from . import solved
+from ..messages import shown_name
+from . import retention, solved
 from .arguments import ANALYSES
-from .attention_outputs import attention_rows
-from .chart import Panel, bar_chart, line_chart, weight_map
+from .attention_outputs import cosine_rows
 from .curves import layer_rows, position_rows
+from .drawings import drawn
 from .effective_rank import rank_rows
-from .questions import Questions, file_questions, shipped_questions
+from .file_questions import file_questions
+from .questions import FORM_SIZE, Questions, shipped_questions
+from .tables import shown
 from .weight_maps import weight_rows
-
-Row = dict[str, Any]
 
 
 def run_analyze(
@@ -32,19 +36,25 @@ def run_analyze(
     fuser: str | None = None,
     questions: str | None = None,
     limit: int | None = None,
+    form_size: int | None = None,
+    t2t_tokens: int | None = None,
+    t2t_prompt: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     json_path: str | None = None,
     svg_path: str | None = None,
 ) -> int:
-    """Prints one analysis as a table; returns the exit status.
+    """Prints one analysis as tables; returns the exit status.
 
     Args:
         what: a key of `ANALYSES`.
         receiver, sharer, fuser, dtype, device: see `load_models`; none: the shipped pair.
         questions: see `file_questions`; needed with models of one's own, and only with them.
         limit: questions at most, see `sample`; of the shipped pair's two kinds, of each.
-        json_path: also write rows, arguments and environment to this file.
+        form_size: attributes in the shipped pair's forms, 1..12; None: `FORM_SIZE`.
+        t2t_tokens: that the sharer may write, with ``"solved"``; None: 128, or the whole form.
+        t2t_prompt: what it is asked for, see `load_models`; with ``"solved"``.
+        json_path: also write all rows, arguments and environment to this file.
         svg_path: also draw them to this file.
 
     Raises:
@@ -52,51 +62,91 @@ def run_analyze(
     """
     if what not in ANALYSES:
         raise ValueError(f"must be one of {', '.join(ANALYSES)}, got {what!r}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {limit}")
     own = any(place is not None for place in (receiver, sharer, fuser))
+    _check_options(what, own, questions, limit, form_size, t2t_tokens, t2t_prompt)
+    targets = _targets(questions, json_path, svg_path)
+    models = _loaded(receiver, sharer, fuser, dtype=dtype, device=device, t2t_prompt=t2t_prompt)
+    with torch.no_grad():
+        if questions is None:
+            asked = shipped_questions(models, limit, form_size or FORM_SIZE)
+        else:
+            asked = file_questions(models, questions, limit)
+        rows, more = _analysed(what, models, asked, t2t_tokens or asked.t2t_tokens)
+    count = sum(len(reading.last) for reading in asked.readings)
+    where = environment()
+    arguments = {
+        "what": what,
+        **{name: models.names[name] for name in ("receiver", "sharer", "fuser")},
+        "questions": asked.source,
+        "limit": limit,
+    }
+    if not own:
+        arguments["form_size"] = form_size or FORM_SIZE
+    if what == "solved":
+        arguments |= {"t2t_tokens": t2t_tokens or asked.t2t_tokens, "t2t_prompt": t2t_prompt}
+    data = document("analyze", arguments, where, None, rows, [], complete=True) | more
+    print(shown(what, data))
+    print(f"\n{ANALYSES[what]}; {count} questions: {printable(asked.source)}")
+    if "--json" in targets:
+        write_json(targets["--json"], data)
+    if "--svg" in targets:
+        commit = (where["commit"] or "no commit")[:10] + ("-dirty" if where["dirty"] else "")
+        note = f"{count} questions, torch {where['torch']}, {where['date'][:10]}, {commit}"
+        title = f"{ANALYSES[what]}: {models.names['fuser']}"
+        write_text(targets["--svg"], drawn(what, title, note, data))
+    return 0
+
+
+def _check_options(
+    what: str,
+    own: bool,
+    questions: str | None,
+    limit: int | None,
+    form_size: int | None,
+    t2t_tokens: int | None,
+    t2t_prompt: str | None,
+) -> None:
+    """Raises ValueError, naming the option, for what can be told before anything is loaded."""
+    for option, number in (("--limit", limit), ("--t2t-tokens", t2t_tokens)):
+        if number is not None and number < 1:
+            raise ValueError(f"{option} must be at least 1, got {number}")
+    for option, value in (("--t2t-tokens", t2t_tokens), ("--t2t-prompt", t2t_prompt)):
+        if value is not None and what != "solved":
+            raise ValueError(f"{option} goes with solved, not with {what}")
+    if t2t_prompt is not None and "{question}" not in t2t_prompt:
+        raise ValueError(
+            f"--t2t-prompt must have the placeholder {{question}}, got {shown_name(t2t_prompt)}"
+        )
     if own and questions is None:
         raise ValueError("--questions: models of your own need a file of questions")
     if not own and questions is not None:
         raise ValueError(
             "--questions goes with models of your own: the shipped pair has its own questions"
         )
+    if own and form_size is not None:
+        raise ValueError("--form-size goes with the shipped pair, not with models of your own")
+    if form_size is not None and not 1 <= form_size <= NUM_ATTRIBUTES:
+        raise ValueError(f"--form-size must be within 1..{NUM_ATTRIBUTES}, got {form_size}")
+
+
+def _targets(questions: str | None, json_path: str | None, svg_path: str | None) -> dict[str, Path]:
+    """By option the file to write."""
     targets = {
-        option: _target(option, place)
+        option: checked_target(option, place)
         for option, place in (("--json", json_path), ("--svg", svg_path))
         if place is not None
     }
     if len(set(targets.values())) < len(targets):
         raise ValueError("--json and --svg must be different files")
-    models = _loaded(receiver, sharer, fuser, dtype, device)
-    asked = (
-        shipped_questions(models, limit)
-        if questions is None
-        else file_questions(models, questions, limit)
-    )
-    rows, more = _rows(what, models, asked)
-    count = sum(len(reading.last) for reading in asked.readings)
-    print(table(more.get("patterns", rows)))
-    print(f"\n{ANALYSES[what]}; {count} questions: {printable(asked.source)}")
-    where = environment()
-    if "--json" in targets:
-        arguments = {
-            "what": what,
-            **{name: models.names[name] for name in ("receiver", "sharer", "fuser")},
-            "questions": asked.source,
-            "limit": limit,
-        }
-        data = document("analyze", arguments, where, None, rows, [], complete=True)
-        write_json(targets["--json"], {**data, **more})
-    if "--svg" in targets:
-        commit = (where["commit"] or "no commit")[:10] + ("-dirty" if where["dirty"] else "")
-        note = f"{count} questions, torch {where['torch']}, {where['date'][:10]}, {commit}"
-        title = f"{ANALYSES[what]}: {models.names['fuser']}"
-        write_text(targets["--svg"], DRAW[what](title, note, more.get("patterns", rows)))
-    return 0
+    for option, target in targets.items():
+        if questions is not None and target == Path(questions).resolve():
+            raise ValueError(f"{option} must be another file than --questions, got {target}")
+    return targets
 
 
-def _rows(what: str, models: ChatModels, asked: Questions) -> tuple[list[Row], dict[str, Any]]:
+def _analysed(
+    what: str, models: ChatModels, asked: Questions, t2t_tokens: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of an analysis, and what else its file holds."""
     receiver, fuser, readings = models.receiver, models.fuser, asked.readings
     if what == "rank":
@@ -108,25 +158,29 @@ def _rows(what: str, models: ChatModels, asked: Questions) -> tuple[list[Row], d
     if what == "positions":
         return position_rows(receiver, fuser, readings), {}
     if what == "attention":
-        return attention_rows(receiver, fuser, readings), {}
-    right = asked.solve()
+        seen = retention.observe(receiver, fuser, readings, asked.mismatched)
+        return cosine_rows(seen.cosines[0]), {
+            "conditions": retention.condition_rows(seen),
+            "layers": retention.layer_auc_rows(seen),
+            "across": retention.across_rows(seen),
+        }
+    right = solved.answers(models, asked, t2t_tokens)
     names = [name for reading in readings for name in reading.names]
     rows = [
         {"question": name, "solved_by": [mode for mode in right if bool(right[mode][i])]}
         for i, name in enumerate(names)
     ]
-    totals = {mode: int(answers.sum()) for mode, answers in right.items()}
+    judged = solved.verdict_of(right)
     return rows, {
-        "right": totals,
-        "patterns": solved.patterns(right),
+        "modes": solved.mode_rows(right),
+        "verdict": None if judged is None else asdict(judged),
+        "patterns": solved.patterns({mode: right[mode] for mode in solved.PATTERNED}),
         "pairs": solved.pairs(right),
     }
 
 
-def _loaded(
-    receiver: str | None, sharer: str | None, fuser: str | None, dtype: str, device: str
-) -> ChatModels:
-    """The models; transformers warns of nothing meanwhile."""
+def _loaded(*places: str | None, **options: Any) -> ChatModels:
+    """`load_models`; transformers warns of nothing meanwhile."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -134,90 +188,8 @@ def _loaded(
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        return load_models(receiver, sharer, fuser, dtype=dtype, device=device)
+        return load_models(*places, **options)
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _target(option: str, place: str) -> Path:
-    try:
-        return _checked_target(place)
-    except ValueError as error:  # it names --json
-        raise ValueError(option + str(error).removeprefix("--json")) from error
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Rows as a table for people, one line each, with a head; all rows have the same names."""
-    names = list(rows[0])
-    cells = [names, *([_cell(row[name]) for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(c.ljust(n) for c, n in zip(row, widths, strict=True)).rstrip() for row in cells
-    )
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(value) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _draw_rank(title: str, note: str, rows: Sequence[Row]) -> str:
-    caches = list(dict.fromkeys(row["cache"] for row in rows))
-    panels = [
-        Panel(
-            f"effective rank of {kind}s",
-            "layer",
-            {c: [(r["layer"], r[kind]) for r in rows if r["cache"] == c] for c in caches},
-            low=0.0,
-        )
-        for kind in ("key", "value")
-    ]
-    return line_chart(title, note, panels)
-
-
-def _draw_weights(title: str, note: str, rows: Sequence[Row]) -> str:
-    streams: dict[str, list[tuple[float, bool]]] = {}
-    for row in rows:
-        label = f"layer {row['layer']}, {row['kind']}"
-        streams.setdefault(label, []).append((row["mean"], row["open"]))
-    return weight_map(title, note, list(streams.items()))
-
-
-def _draw_curve(x: str, label: str) -> Callable[[str, str, Sequence[Row]], str]:
-    def draw(title: str, note: str, rows: Sequence[Row]) -> str:
-        kinds = list(dict.fromkeys(row["which"] for row in rows))
-
-        def lines(value: Callable[[Row], float]) -> dict[str, list[tuple[float, float]]]:
-            return {k: [(r[x], value(r)) for r in rows if r["which"] == k] for k in kinds}
-
-        panels = [
-            Panel("fraction right", label, lines(lambda r: r["right"] / r["questions"]), 0.0, 1.0),
-            Panel("KL to the whole fusion, nats", label, lines(lambda r: r["kl"]), 0.0),
-        ]
-        return line_chart(title, note, panels)
-
-    return draw
-
-
-def _draw_attention(title: str, note: str, rows: Sequence[Row]) -> str:
-    lines = {name: [(r["layer"], r[name]) for r in rows] for name in ("min", "mean", "max")}
-    return line_chart(title, note, [Panel("cosine, fused and plain", "layer", lines, -1.0, 1.0)])
-
-
-def _draw_solved(title: str, note: str, rows: Sequence[Row]) -> str:
-    return bar_chart(title, note, [(_cell(r["solved_by"]), r["questions"]) for r in rows])
-
-
-DRAW: dict[str, Callable[[str, str, Sequence[Row]], str]] = {
-    "rank": _draw_rank,
-    "weights": _draw_weights,
-    "layers": _draw_curve("layers", "layers fused from this end (only: the one layer)"),
-    "positions": _draw_curve("part", "part of the positions fused, from this end"),
-    "attention": _draw_attention,
-    "solved": _draw_solved,
-}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..cache import KVPairs
 from ..fuser import Fuser
 from .readings import Reading, fused, is_right, next_logits
 
+MOST_STEPS = 12  # points of a curve over positions, if not one for each
 PARTS = tuple(i / 6 for i in range(7))
 ENDS = ("first", "last")
 
@@ -27,27 +29,42 @@ def layer_rows(
 
     Returns:
         rows of `_scores` with ``which`` and ``layers``: ``"first"`` and ``"last"``, the number of
-        layers fused from that end (0: the receiver alone; all: C2C); ``"only"``, the one layer.
-    """
-    count = len(readings[0].receiver)
+        layers fused from that end (0: the receiver alone; all: C2C); ``"only"``, the one layer;
+        ``"without"``, the one layer that is not fused.
 
-    def chosen(which: str, number: int) -> set[int]:
-        if which == "only":
-            return {number}
-        return set(range(number)) if which == "first" else set(range(count - number, count))
+    Raises:
+        ValueError: no readings.
+    """
+    _check(readings)
+    count = len(readings[0].receiver)
+    points = [(which, n) for which in ENDS for n in range(count + 1)]
+    points += [(which, layer) for which in ("only", "without") for layer in range(count)]
 
     def cache(reading: Reading, whole: KVPairs, which: str, number: int) -> KVPairs:
-        layers = chosen(which, number)
-        return [
-            whole[layer] if layer in layers else plain
-            for layer, plain in enumerate(reading.receiver)
-        ]
+        return with_layers(reading, whole, chosen_layers(count, which, number))
 
-    points = [(which, n) for which in ENDS for n in range(count + 1)]
-    points += [("only", layer) for layer in range(count)]
     scored = _curve(receiver, fuser, readings, points, cache)
     return [
         {"which": which, "layers": n, **row} for (which, n), row in zip(points, scored, strict=True)
+    ]
+
+
+def chosen_layers(count: int, which: str, number: int) -> set[int]:
+    """Which of ``count`` layers a row of `layer_rows` fuses."""
+    return set(
+        {
+            "first": range(number),
+            "last": range(count - number, count),
+            "only": range(number, number + 1),
+            "without": (layer for layer in range(count) if layer != number),
+        }[which]
+    )
+
+
+def with_layers(reading: Reading, whole: KVPairs, layers: set[int]) -> KVPairs:
+    """The receiver's plain cache, but these layers of the wholly fused one."""
+    return [
+        whole[layer] if layer in layers else plain for layer, plain in enumerate(reading.receiver)
     ]
 
 
@@ -55,63 +72,87 @@ def position_rows(
     receiver: PreTrainedModel,
     fuser: Fuser,
     readings: Sequence[Reading],
-    parts: Iterable[float] = PARTS,
+    parts: Iterable[float] | None = None,
 ) -> list[dict[str, Any]]:
     """Answers when only a part of the positions is fused (a curve of arXiv 2510.03215).
 
     Args:
-        parts: of the positions that are fused otherwise, 0..1; rounded to whole positions.
+        parts: of the positions that are fused otherwise, 0..1; rounded to whole positions. None:
+            `parts_of` the readings.
 
     Returns:
-        rows of `_scores` with ``which``, from which end the positions are counted, ``part``, and
-        ``positions``, the mean number of fused ones.
+        rows of `_scores` with ``which``, ``part``, and ``positions``, the mean number of fused
+        ones. ``"first"`` and ``"last"``: counted from this end; ``"only"`` and ``"without"``: only
+        the range that ends at this part and begins at the one before, or all but that range.
 
     Raises:
-        ValueError: a part outside of 0..1.
+        ValueError: no readings, or a part outside of 0..1.
     """
-    parts = list(parts)
+    _check(readings)
+    parts = sorted(parts_of(readings) if parts is None else parts)
     for part in parts:
         if not 0 <= part <= 1:
             raise ValueError(f"c2c_ext.analysis: parts must be within 0..1, got {part}")
+    points = [(which, 0.0, part) for which in ENDS for part in parts]
+    ranges = list(pairwise(parts))
+    points += [(which, *ends) for which in ("only", "without") for ends in ranges]
 
-    def map_of(reading: Reading, which: str, part: float) -> Tensor:
-        places = (reading.token_map >= 0).nonzero()[:, 0]
-        count = round(part * len(places))
-        kept = places[:count] if which == "first" else places[len(places) - count :]
-        token_map = torch.full_like(reading.token_map, -1)
-        token_map[kept] = reading.token_map[kept]
-        return token_map
+    def cache(reading: Reading, _: KVPairs, which: str, begin: float, end: float) -> KVPairs:
+        return fused(reading, fuser, map_of_part(reading, which, end, begin))
 
-    def cache(reading: Reading, whole: KVPairs, which: str, part: float) -> KVPairs:
-        return fused(reading, fuser, map_of(reading, which, part))
-
-    points = [(which, part) for which in ENDS for part in parts]
     scored = _curve(receiver, fuser, readings, points, cache)
     prompts = sum(len(r.last) for r in readings)
+
+    def positions(which: str, begin: float, end: float) -> float:
+        maps = ((map_of_part(r, which, end, begin), len(r.last)) for r in readings)
+        return sum(int((places >= 0).sum()) * batch for places, batch in maps) / prompts
+
     return [
-        {
-            "which": which,
-            "part": part,
-            "positions": sum(
-                int((map_of(r, which, part) >= 0).sum()) * len(r.last) for r in readings
-            )
-            / prompts,
-            **row,
-        }
-        for (which, part), row in zip(points, scored, strict=True)
+        {"which": which, "part": end, "positions": positions(which, begin, end), **row}
+        for (which, begin, end), row in zip(points, scored, strict=True)
     ]
+
+
+def parts_of(readings: Sequence[Reading]) -> tuple[float, ...]:
+    """One part for each position where all readings fuse the same few, else `PARTS`."""
+    numbers = {int((r.token_map >= 0).sum()) for r in readings}
+    number = max(numbers)
+    if len(numbers) == 1 and 0 < number <= MOST_STEPS:
+        return tuple(i / number for i in range(number + 1))
+    return PARTS
+
+
+def map_of_part(reading: Reading, which: str, end: float, begin: float = 0.0) -> Tensor:
+    """A reading's token map int64 ``[N]`` with a part of its positions, as `position_rows` says."""
+    places = (reading.token_map >= 0).nonzero()[:, 0]
+    first, last = (round(part * len(places)) for part in (begin, end))
+    if which == "last":
+        first, last = len(places) - last, len(places)
+    kept = places[first:last]
+    if which == "without":
+        kept = torch.cat([places[:first], places[last:]])
+    token_map = torch.full_like(reading.token_map, -1)
+    token_map[kept] = reading.token_map[kept]
+    return token_map
+
+
+def _check(readings: Sequence[Reading]) -> None:
+    if not readings:
+        raise ValueError("c2c_ext.analysis: there must be at least one reading")
 
 
 def _curve(
     receiver: PreTrainedModel,
     fuser: Fuser,
     readings: Sequence[Reading],
-    points: Sequence[tuple[str, Any]],
-    cache: Callable[[Reading, KVPairs, str, Any], KVPairs],
+    points: Sequence[tuple[Any, ...]],
+    cache: Callable[..., KVPairs],
 ) -> list[dict[str, Any]]:
-    """`_scores` of every point, added up over the readings."""
-    if not readings:
-        raise ValueError("c2c_ext.analysis: there must be at least one reading")
+    """`_scores` of every point, added up over the readings.
+
+    Args:
+        cache: of a reading, its wholly fused cache, and the parts of a point.
+    """
     sums = [{"questions": 0, "right": 0, "as_fused": 0, "kl": 0.0} for _ in points]
     known = all(r.answers is not None for r in readings)
     for reading in readings:
@@ -133,7 +174,8 @@ def _scores(logits: Tensor, full: Tensor, reading: Reading) -> dict[str, Any]:
     KL(fused || this) in nats (of the candidates, where there are such), here as a sum.
     """
     p, q = full.log_softmax(dim=1), logits.log_softmax(dim=1)
-    divergence = (p.exp() * (p - q)).sum(dim=1).clamp_min(0)
+    # A model may rule tokens out with logits of -inf: what p does not expect adds nothing.
+    divergence = torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(dim=1).clamp_min(0)
     return {
         "questions": len(logits),
         "right": 0 if reading.answers is None else int(is_right(logits, reading).sum()),

@@ -38,11 +38,12 @@ def effective_rank(matrix: Tensor) -> float:
         )
     if not bool(matrix.isfinite().all()):
         raise ValueError("effective_rank: matrix must be finite, it holds NaN or infinity")
-    singular = torch.linalg.svdvals(matrix.detach().double())
-    total = singular.sum()
-    if total == 0:
+    matrix = matrix.detach().double()
+    largest = matrix.abs().max()
+    if largest == 0:
         return 0.0
-    part = singular / total
+    singular = torch.linalg.svdvals(matrix / largest)  # neither squares nor sums leave the range
+    part = singular / singular.sum()
     return float(torch.special.entr(part).sum().exp())
 
 
@@ -97,7 +98,12 @@ def rank_rows(readings: Sequence[Reading], fuser: Fuser) -> list[dict[str, Any]]
     Returns:
         rows with ``cache`` (``"sharer"``, ``"receiver"``, ``"fused"``), ``layer`` and what
         `cache_ranks` gives.
+
+    Raises:
+        ValueError: no reading, or none of their tokens is fused.
     """
+    if not any(bool((r.token_map >= 0).any()) for r in readings):
+        raise ValueError("c2c_ext.analysis: no token of these prompts is fused")
     ours = [(r.token_map >= 0).nonzero()[:, 0] for r in readings]
     theirs = [r.token_map[r.token_map >= 0].unique() for r in readings]
     caches: dict[str, tuple[list[Any], list[Tensor]]] = {

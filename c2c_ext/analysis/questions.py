@@ -1,23 +1,21 @@
-"""The questions that are analysed: the shipped pair's held-out ones, or those of a file."""
+"""What an analysis is of: questions both models have read; the shipped pair's are made here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..chat.models import ChatModels
-from ..chat.prompts import SIDES
 from ..demo import evaluate as ev
 from ..demo import world as w
 from ..demo.command import SEED
-from ..training.data import Conversation, read_conversations
-from .readings import Reading, fused, is_right, next_logits, read
+from .controls import with_sharer_of
+from .readings import Reading, read
 
-FORM_SIZE = 6  # attributes in the shipped pair's forms
+FORM_SIZE = 6  # attributes in the shipped pair's forms, unless asked otherwise
 FORM_SEED = 0  # of the forms that are drawn, as the demo draws them
 
 
@@ -28,13 +26,21 @@ class Questions:
     Attributes:
         source: for people.
         readings: at least one, all with names and answers.
-        solve: computes which questions each mode answers right: by mode bool ``[Q]``, in the order
-            of the readings.
+        mismatched: of the same prompts, with what the sharer has read for another question; empty
+            where there is no other.
+        ask_sharer: which questions the sharer alone answers right, bool ``[Q]``, and how sure it
+            is, float64 ``[Q]``, the probability of its answer; in the order of the readings.
+        ask_by_text: of the tokens that the sharer may write, which questions the receiver then
+            answers right, bool ``[Q]``.
+        t2t_tokens: that the sharer may write unless asked otherwise.
     """
 
     source: str
     readings: list[Reading]
-    solve: Callable[[], dict[str, Tensor]]
+    mismatched: list[Reading]
+    ask_sharer: Callable[[], tuple[Tensor, Tensor]]
+    ask_by_text: Callable[[int], Tensor]
+    t2t_tokens: int
 
 
 def sample(count: int, limit: int | None) -> Tensor:
@@ -46,136 +52,72 @@ def sample(count: int, limit: int | None) -> Tensor:
     return order[:limit].sort().values
 
 
-def shipped_questions(models: ChatModels, limit: int | None = None) -> Questions:
-    """Questions about held-out entities with forms of `FORM_SIZE`, of each kind at most ``limit``.
+def shipped_questions(
+    models: ChatModels, limit: int | None = None, size: int = FORM_SIZE
+) -> Questions:
+    """Questions about held-out entities with forms of ``size``, of each kind at most ``limit``.
 
     An answer is chosen among the asked attribute's eight values; only the form's attributes are
-    fused, and T2T is the sharer's filling in the whole form, as in `c2c_ext.demo.evaluate`.
+    fused, and T2T is the sharer's filling in the form, one value a token.
     """
     pair = ev.Pair(w.make_world(SEED), models.receiver, models.sharer, models.fuser)
-    world, parts, readings = pair.world, [], []
+    world, parts, readings, mismatched = pair.world, [], [], []
     for kind in w.KINDS:
-        every = ev.held_out_questions(world, kind, FORM_SIZE, FORM_SEED)
+        every = ev.held_out_questions(world, kind, size, FORM_SEED)
         kept = sample(len(every.asked), limit)
         fields = (every.entities, every.attributes, every.asked, every.kinds)
         questions = ev.Questions(*(field[kept] for field in fields))
         parts.append(questions)
-        form = world.blank_form(questions.entities, questions.attributes)
-        ids = torch.cat([form, questions.question()], dim=1)
-        token_map = torch.full((ids.shape[1] - 1,), -1)
-        places = ev.form_positions(questions.size)
-        token_map[places] = torch.arange(places.start, places.stop)
-        values = torch.arange(w.NUM_VALUES)
-        reading = read(
-            models.receiver,
-            models.sharer,
-            ids,
-            form,
-            token_map,
-            answers=w.value_ids(questions.asked, questions.answers(world)),
-            candidates=w.value_ids(questions.asked[:, None], values),
-            names=tuple(w.decode(row[1:]) for row in ids),
-        )
+        reading = _of_forms(pair, questions, world.blank_form(*fields[:2])[kept])
         readings.append(reading)
+        other = _of_forms(pair, questions, _other_forms(world, every)[kept])
+        mismatched.append(with_sharer_of(reading, other, reading.token_map))
 
-    def solve() -> dict[str, Tensor]:
-        modes: dict[str, Callable[[ev.Questions], Tensor]] = {
-            "receiver": lambda q: ev.answer_alone(pair.receiver, world, q),
-            "sharer": lambda q: ev.answer_alone(pair.sharer, world, q),
-            "T2T": lambda q: ev.answer_t2t(pair, q, ev.write_form),
-            "C2C": lambda q: ev.answer_c2c(pair, q),
-        }
-        return {
-            mode: torch.cat([answer(q).argmax(dim=1) == q.answers(world) for q in parts])
-            for mode, answer in modes.items()
-        }
+    def ask_sharer() -> tuple[Tensor, Tensor]:
+        logits = [ev.answer_alone(pair.sharer, world, q) for q in parts]
+        right = [of.argmax(dim=1) == q.answers(world) for of, q in zip(logits, parts, strict=True)]
+        return torch.cat(right), torch.cat(logits).double().softmax(dim=1).amax(dim=1)
 
-    return Questions("the shipped pair's held-out questions", readings, solve)
+    def ask_by_text(tokens: int) -> Tensor:
+        written = [replace(q, attributes=q.attributes[:, :tokens]) for q in parts]
+        logits = [ev.answer_t2t(pair, q, ev.write_form) for q in written]
+        right = [of.argmax(dim=1) == q.answers(world) for of, q in zip(logits, parts, strict=True)]
+        return torch.cat(right)
 
-
-def file_questions(models: ChatModels, place: str, limit: int | None = None) -> Questions:
-    """Conversations of a file as `c2c train` reads it, at most ``limit`` of them, one a reading.
-
-    The last message, the assistant's, is the right answer. Of it the first token alone counts:
-    the one that the receiver says next is chosen among its whole vocabulary. Fused is the whole
-    prompt but its last token, or the record's ``positions``.
-
-    Raises:
-        ValueError, OSError: no such file, a line that breaks a rule, a prompt that these models
-            cannot read; names file and line.
-    """
-    if not Path(place).is_file():
-        raise FileNotFoundError(f"--questions: there is no file {place}")
-    conversations, bad = read_conversations(place)
-    bad.check()
-    chosen = [conversations[i] for i in sample(len(conversations), limit).tolist()]
-    readings, prompts, firsts = [], [], []
-    for talk in chosen:
-        try:
-            reading, own, first = _of_conversation(models, talk)
-        except ValueError as error:
-            raise ValueError(f"--questions: {place} line {talk.number}: {error}") from error
-        readings.append(reading)
-        prompts.append(own)
-        firsts.append(first)
-
-    @torch.no_grad()
-    def solve() -> dict[str, Tensor]:
-        alone = [is_right(next_logits(models.receiver, r.receiver, r), r).cpu() for r in readings]
-        together = [
-            is_right(next_logits(models.receiver, fused(r, models.fuser), r), r).cpu()
-            for r in readings
-        ]
-        theirs = [
-            models.sharer(input_ids=ids.to(models.sharer.device)).logits[:, -1].argmax(dim=1).cpu()
-            == first
-            for ids, first in zip(prompts, firsts, strict=True)
-        ]
-        found = {"receiver": alone, "sharer": theirs, "C2C": together}
-        return {mode: torch.cat(right) for mode, right in found.items()}
-
-    return Questions(place, readings, solve)
-
-
-def _of_conversation(models: ChatModels, talk: Conversation) -> tuple[Reading, Tensor, int]:
-    """The reading, what the sharer reads when it answers alone, and the first token it must say."""
-    messages, answer = talk.messages[:-1], talk.messages[-1]["content"]
-    shared = models.prompts.shared(messages)
-    ids = shared["input_ids"]
-    length = ids.shape[1]
-    theirs, token_map = ids[:, :-1], torch.arange(length - 1)
-    if "sharer_inputs" in shared:
-        theirs = shared["sharer_inputs"]["input_ids"]
-        token_map = shared["sharer_inputs"]["token_map"][0][: length - 1].clone()
-    if talk.positions is not None:
-        first, end = talk.positions
-        if end > length - 1:
-            raise ValueError(
-                f"positions must end at most at {length - 1}, before the last prompt token, got "
-                f"{end}"
-            )
-        outside = torch.ones(length - 1, dtype=torch.bool)
-        outside[first:end] = False
-        token_map[outside] = -1
-    alone = models.prompts.encode("sharer", messages)
-    models.check_length("receiver", length, 1)
-    models.check_length("sharer", max(theirs.shape[1], alone.shape[1]), 1)
-    largest, vocabulary = int(theirs.max()), models.sharer.config.vocab_size
-    if largest >= vocabulary:
-        raise ValueError(f"token {largest} is not one of the sharer's {vocabulary}")
-    firsts = {}
-    for side in SIDES:
-        tokens = models.tokenizers[side](answer, add_special_tokens=False)["input_ids"]
-        if not tokens:
-            raise ValueError(f"the {side}'s tokenizer makes no token of the answer")
-        firsts[side] = tokens[0]
-    reading = read(
-        models.receiver,
-        models.sharer,
-        ids,
-        theirs,
-        token_map,
-        answers=torch.tensor([firsts["receiver"]]),
-        names=(f"line {talk.number}",),
+    return Questions(
+        "the shipped pair's held-out questions",
+        readings,
+        mismatched,
+        ask_sharer,
+        ask_by_text,
+        models.prompts.t2t_tokens,
     )
-    return reading, alone, firsts["sharer"]
+
+
+def _of_forms(pair: ev.Pair, questions: ev.Questions, read_by_sharer: Tensor) -> Reading:
+    """The questions, read by the receiver; the sharer reads forms ``[Q, 3 + K]``."""
+    form = pair.world.blank_form(questions.entities, questions.attributes)
+    ids = torch.cat([form, questions.question()], dim=1)
+    token_map = torch.full((ids.shape[1] - 1,), -1)
+    places = ev.form_positions(questions.size)
+    token_map[places] = torch.arange(places.start, places.stop)
+    values = torch.arange(w.NUM_VALUES)
+    return read(
+        pair.receiver,
+        pair.sharer,
+        ids,
+        read_by_sharer,
+        token_map,
+        answers=w.value_ids(questions.asked, questions.answers(pair.world)),
+        candidates=w.value_ids(questions.asked[:, None], values),
+        names=tuple(w.decode(row[1:]) for row in ids),
+    )
+
+
+def _other_forms(world: w.World, questions: ev.Questions) -> Tensor:
+    """What the sharer reads instead, as in `ev.answer_mismatched`: forms of train entities."""
+    generator = torch.Generator().manual_seed(1000 * FORM_SEED + questions.size)
+    count = len(questions.asked)
+    entities = torch.randint(w.NUM_TRAIN, (count,), generator=generator)
+    asked = torch.randint(w.NUM_ATTRIBUTES, (count,), generator=generator)
+    return world.blank_form(entities, ev.random_forms(asked, questions.size, generator))

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..cache import KVPairs
+from ..config import KINDS
 from ..demo.evaluate import continue_from
 from ..fuser import Fuser
 from ..fusion import fuse
@@ -28,6 +29,7 @@ class Reading:
         answers: int64 ``[B]``, the right next tokens; None: not known.
         candidates: int64 ``[B, C]``, the tokens among which an answer is chosen; None: all.
         names: of the prompts, for people.
+        sharer_ids: int64 ``[B, M]``, what the sharer has read.
     """
 
     receiver: KVPairs
@@ -37,6 +39,7 @@ class Reading:
     answers: Tensor | None = None
     candidates: Tensor | None = None
     names: tuple[str, ...] = ()
+    sharer_ids: Tensor | None = None
 
 
 @torch.no_grad()
@@ -57,7 +60,8 @@ def read(
         known: ``answers``, ``candidates`` and ``names`` of the `Reading`.
 
     Raises:
-        ValueError: shapes that do not fit each other, or a place outside of what the sharer reads.
+        ValueError: shapes that do not fit each other, a place outside of what the sharer reads, or
+            a model that computes NaN or infinity.
     """
     tokens = ids.shape[1] - 1
     if tokens < 1:
@@ -79,14 +83,27 @@ def read(
     like = ours[0][0]
     theirs = [(k.to(like), v.to(like)) for k, v in _cache("sharer", sharer, sharer_ids)]
     known = {k: v.to(like.device) if isinstance(v, Tensor) else v for k, v in known.items()}
-    return Reading(ours, theirs, token_map.to(like.device), ids[:, -1:].to(like.device), **known)
+    return Reading(
+        ours,
+        theirs,
+        token_map.to(like.device),
+        ids[:, -1:].to(like.device),
+        **known,
+        sharer_ids=sharer_ids.cpu(),
+    )
 
 
 @torch.no_grad()
 def fused(reading: Reading, fuser: Fuser, token_map: Tensor | None = None) -> KVPairs:
-    """The receiver's cache as `c2c_ext.fuse` makes it; ``token_map`` in place of the reading's."""
+    """The receiver's cache as `c2c_ext.fuse` makes it; ``token_map`` in place of the reading's.
+
+    Raises:
+        ValueError: there is NaN or infinity in it.
+    """
     token_map = reading.token_map if token_map is None else token_map
-    return fuse(reading.receiver, reading.sharer, fuser, token_map=token_map)
+    cache = fuse(reading.receiver, reading.sharer, fuser, token_map=token_map)
+    _check_finite("fused", cache)
+    return cache
 
 
 @torch.no_grad()
@@ -94,9 +111,20 @@ def next_logits(receiver: PreTrainedModel, cache: KVPairs, reading: Reading) -> 
     """Logits after the last token on a cache of the others: ``[B, C]`` of the candidates.
 
     Without candidates ``[B, V]``, of the whole vocabulary. ``cache`` is left as it is.
+
+    Raises:
+        ValueError: NaN among them.
     """
-    logits = continue_from(receiver, cache, reading.last).double()
-    return logits if reading.candidates is None else logits.gather(1, reading.candidates)
+    return of_candidates(continue_from(receiver, cache, reading.last), reading)
+
+
+def of_candidates(logits: Tensor, reading: Reading) -> Tensor:
+    """Those of the candidates out of logits ``[B, V]``, in float64; see `next_logits`."""
+    logits = logits.double()
+    logits = logits if reading.candidates is None else logits.gather(1, reading.candidates)
+    if bool(logits.isnan().any()):
+        raise ValueError("c2c_ext.analysis: the receiver's logits hold NaN")
+    return logits
 
 
 def is_right(logits: Tensor, reading: Reading) -> Tensor:
@@ -117,4 +145,17 @@ def _cache(role: str, model: PreTrainedModel, ids: Tensor) -> KVPairs:
     ids = ids.to(model.device)
     places = torch.arange(ids.shape[1], device=ids.device)[None]
     cache = read_tokens(role, model, ids, position_ids=places)
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    _check_finite(f"{role}'s", pairs)
+    return pairs
+
+
+def _check_finite(whose: str, cache: KVPairs) -> None:
+    """A NaN would make every figure NaN, or an argmax out of nothing."""
+    for layer, pair in enumerate(cache):
+        for kind, tensor in zip(KINDS, pair, strict=True):
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(
+                    f"c2c_ext.analysis: the {whose} cache holds NaN or infinity (layer {layer}, "
+                    f"{kind}s)"
+                )

@@ -49,8 +49,8 @@ def heat_map(prompt: FusedPrompt, view: str) -> str:
         "<defs><pattern id='closed' width='6' height='6' patternUnits='userSpaceOnUse'>"
         "<rect width='6' height='6' fill='#f3f3f3'/>"
         "<path d='M0 6 6 0' stroke='#b0b0b0' stroke-width='1'/></pattern>"
-        f"<linearGradient id='scale'><stop offset='0' stop-color='{_colour(0)}'/>"
-        f"<stop offset='1' stop-color='{_colour(1)}'/></linearGradient></defs>",
+        f"<linearGradient id='scale'><stop offset='0' stop-color='{weight_colour(0)}'/>"
+        f"<stop offset='1' stop-color='{weight_colour(1)}'/></linearGradient></defs>",
         "<rect width='100%' height='100%' fill='#ffffff'/>",
     ]
     y = MARGIN
@@ -125,7 +125,7 @@ def _panel(
                 value = float(of_heads.mean() if head is None else of_heads[head])
             said, fill = "not fused", "#ffffff"
             if not math.isnan(value):
-                said, fill = f"{value:.3f}", _colour(value)
+                said, fill = f"{value:.3f}", weight_colour(value)
                 if not is_open:
                     said, fill = f"{value:.3f}, but the gate is closed", "url(#closed)"
             own = _token(prompt.receiver_tokens[first + column])
@@ -159,7 +159,8 @@ def _legend(x: int, y: int) -> list[str]:
     return entries
 
 
-def _colour(weight: float) -> str:
+def weight_colour(weight: float) -> str:
+    """The colour of a weight in 0..1, as ``#rrggbb``; what is outside is drawn as the next end."""
     mixed = (
         round(a + (b - a) * min(1.0, max(0.0, weight))) for a, b in zip(LOW, HIGH, strict=True)
     )
