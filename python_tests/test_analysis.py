@@ -11,7 +11,11 @@ from torch import Tensor
 
 from c2c_ext import fuse
 from c2c_ext.analysis import curves, readings, solved
-from c2c_ext.analysis.attention_outputs import attention_outputs, attention_rows
+from c2c_ext.analysis.attention_outputs import (
+    attention_cosines,
+    attention_outputs,
+    cosine_rows,
+)
 from c2c_ext.analysis.effective_rank import cache_ranks, effective_rank, rank_rows
 from c2c_ext.analysis.weight_maps import weight_rows
 from c2c_ext.weights import fusion_weights
@@ -131,21 +135,34 @@ def test_rank_rows_are_of_the_fused_tokens_alone(pair: tuple) -> None:
     assert rows[-1]["value"] != pytest.approx(rows[-4]["value"])
 
 
+def cosines(receiver: object, fuser: object, reading: readings.Reading) -> Tensor:
+    caches = readings.fused(reading, fuser), reading.receiver
+    outputs = (attention_outputs(receiver, cache, reading.last)[0] for cache in caches)
+    return attention_cosines(*outputs)
+
+
 def test_attention_outputs_are_the_same_with_closed_gates(closed: tuple) -> None:
-    receiver, fuser, made = closed
-    for row in attention_rows(receiver, fuser, made):
+    receiver, fuser, (reading,) = closed
+    for row in cosine_rows(cosines(receiver, fuser, reading)):
         assert row["min"] == pytest.approx(1.0, abs=1e-12)
         assert row["questions"] == 2
 
 
 def test_attention_outputs_differ_with_open_gates_and_leave_no_hook(pair: tuple) -> None:
     receiver, fuser, made = pair
-    rows = attention_rows(receiver, fuser, made)
+    rows = cosine_rows(cosines(receiver, fuser, made[0]))
     assert [row["layer"] for row in rows] == [0, 1, 2]
     assert all(row["min"] <= row["mean"] <= row["max"] < 0.9999 for row in rows)
     assert not any(m._forward_hooks for m in receiver.modules())
-    outputs = attention_outputs(receiver, made[0].receiver, made[0].last)
+    outputs, logits = attention_outputs(receiver, made[0].receiver, made[0].last)
     assert [tuple(o.shape) for o in outputs] == [(3, 32)] * 3
+    assert torch.equal(logits.double(), readings.next_logits(receiver, made[0].receiver, made[0]))
+
+
+def test_cosines_of_zeros_are_defined() -> None:
+    zero, one = torch.zeros(1, 2), torch.ones(1, 2)
+    found = attention_cosines([zero, zero, one, one], [zero, one, zero, -one])
+    assert found[:, 0].tolist() == pytest.approx([1.0, 0.0, 0.0, -1.0])
 
 
 def test_attention_outputs_of_a_receiver_without_such_modules_are_refused(pair: tuple) -> None:
@@ -157,10 +174,15 @@ def test_attention_outputs_of_a_receiver_without_such_modules_are_refused(pair: 
 def test_layer_curve_ends_at_the_receiver_alone_and_at_c2c(pair: tuple) -> None:
     receiver, fuser, made = pair
     rows = {(r["which"], r["layers"]): r for r in curves.layer_rows(receiver, fuser, made)}
-    assert len(rows) == 2 * 4 + 3
+    assert len(rows) == 2 * 4 + 3 + 3
     assert_ends(pair, [rows[which, 0] for which in curves.ENDS], [rows["first", 3]])
     assert_ends(pair, [], [rows["last", 3]])
-    for one, other in ((("first", 1), ("only", 0)), (("last", 1), ("only", 2))):
+    for one, other in (
+        (("first", 1), ("only", 0)),
+        (("last", 1), ("only", 2)),
+        (("first", 2), ("without", 2)),
+        (("last", 2), ("without", 0)),
+    ):
         drop = {"which", "layers"}
         a, b = ({k: v for k, v in rows[key].items() if k not in drop} for key in (one, other))
         assert a == b
@@ -172,11 +194,20 @@ def test_position_curve_ends_at_the_receiver_alone_and_at_c2c(pair: tuple) -> No
     parts = [0.0, 0.25, 0.5, 0.75, 1.0]
     found = curves.position_rows(receiver, fuser, made, parts)
     rows = {(r["which"], r["part"]): r for r in found}
-    assert len(rows) == 2 * len(parts)
+    assert len(rows) == 2 * len(parts) + 2 * (len(parts) - 1)
     for which in curves.ENDS:
         assert_ends(pair, [rows[which, 0.0]], [rows[which, 1.0]])
         assert [rows[which, part]["positions"] for part in parts] == [0, 1, 2, 3, 4]
     assert rows["first", 0.5]["kl"] != rows["last", 0.5]["kl"]
+    for which, part, other in (
+        ("only", 0.25, ("first", 0.25)),
+        ("only", 1.0, ("last", 0.25)),
+        ("without", 1.0, ("first", 0.75)),
+        ("without", 0.25, ("last", 0.75)),
+    ):
+        for name in ("positions", "right", "as_fused", "kl"):
+            assert rows[which, part][name] == rows[other][name]
+    assert rows["only", 0.5]["positions"] == 1 and rows["without", 0.5]["positions"] == 3
     with pytest.raises(ValueError, match=r"within 0..1, got 1.5"):
         curves.position_rows(receiver, fuser, made, [1.5])
 
@@ -285,7 +316,7 @@ def test_solved_counts_every_set_of_modes() -> None:
         {"solved_by": [], "questions": 1},
         {"solved_by": ["receiver", "C2C"], "questions": 1},
     ]
-    counts = {"both": 1, "only_first": 0, "only_second": 2, "neither": 1}
+    counts = {"both": 1, "only_first": 0, "only_second": 2, "neither": 1, "p": 0.5}
     assert solved.pairs(right) == [{"first": "receiver", "second": "C2C", **counts}]
     with pytest.raises(ValueError, match="C2C must have 4 questions as the others, got 1"):
         solved.patterns({**right, "C2C": torch.tensor([True])})
