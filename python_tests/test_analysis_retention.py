@@ -90,11 +90,12 @@ def test_spearman_across_conditions_is_that_of_means_and_rates() -> None:
     scores = torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None].expand(4, 4)
     outcomes = torch.arange(4)[None] < torch.tensor([0, 3, 2, 4])[:, None]
     found = association.order_across(scores, outcomes)
-    assert found.value == pytest.approx(1 - 6 * 2 / (4 * 15))
-    assert found.low <= found.value <= found.high <= 1
-    reverse = association.order_across(-scores, outcomes)
-    assert reverse.value == pytest.approx(-found.value)
-    assert (reverse.low, reverse.high) == pytest.approx((-found.high, -found.low))
+    assert found == association.Estimate(pytest.approx(1 - 6 * 2 / (4 * 15)), None, None)
+    many = association.order_across(scores.repeat(1, 9), outcomes.repeat(1, 9))
+    assert many.value == found.value and many.low <= many.value <= many.high <= 1
+    reverse = association.order_across(-scores.repeat(1, 9), outcomes.repeat(1, 9))
+    assert reverse.value == pytest.approx(-many.value)
+    assert (reverse.low, reverse.high) == pytest.approx((-many.high, -many.low))
 
 
 def test_spearman_with_ties_is_pearsons_of_the_mean_ranks() -> None:
@@ -138,7 +139,9 @@ def test_order_within_compares_conditions_of_the_same_question() -> None:
     ]
     found = association.order_within(scores, outcomes)
     assert found.value == pytest.approx(float(sum(won)) / len(won))
-    assert found.low <= found.value <= found.high
+    assert (found.low, found.high) == (None, None)  # too few questions
+    many = association.order_within(scores.repeat(1, 5), outcomes.repeat(1, 5))
+    assert many.value == pytest.approx(found.value) and many.low < many.value < many.high
     # What questions differ in counts for nothing.
     assert association.order_within(scores + 100 * torch.arange(7), outcomes) == found
 

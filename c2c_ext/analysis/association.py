@@ -11,15 +11,16 @@ from torch import Tensor
 
 RESAMPLES = 1000
 SEED = 0  # of the bootstrap's draws
+FEWEST = 20  # questions that a bootstrap needs: of fewer its interval would be too narrow
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic with its 95% interval."""
+    """A statistic with its 95% interval; without one where there are too few questions."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def auc(scores: Tensor, outcomes: Tensor) -> Estimate | None:
@@ -84,7 +85,7 @@ def order_across(scores: Tensor, outcomes: Tensor) -> Estimate | None:
 
     The interval is of a percentile bootstrap over questions: what other questions would have given
     under the same conditions, not what other conditions would. A resample in which all conditions
-    are equal counts as 0.
+    are equal counts as 0. Without an interval if there are fewer than `FEWEST` questions.
 
     Args:
         scores: ``[C, Q]``, of every question under every condition.
@@ -100,6 +101,8 @@ def order_across(scores: Tensor, outcomes: Tensor) -> Estimate | None:
     whole = _spearman(_settled(scores.mean(dim=1)), _settled(rates.mean(dim=1)))
     if bool(whole.isnan()):
         return None
+    if questions < FEWEST:
+        return Estimate(float(whole), None, None)
     drawn = _resamples(questions) / questions
     found = _spearman(_settled(drawn @ scores.T), _settled(drawn @ rates.T)).nan_to_num(0.0)
     return _with_interval(float(whole), found)
@@ -109,7 +112,7 @@ def order_within(scores: Tensor, outcomes: Tensor) -> Estimate | None:
     """How often, of two conditions of one question, the "yes" has the larger score; ties half.
 
     As `auc`, but only conditions of the same question are compared: what questions differ in counts
-    for nothing. The interval is of a percentile bootstrap over questions.
+    for nothing. The interval is as in `order_across`.
 
     Args:
         scores: ``[C, Q]``.
@@ -127,10 +130,12 @@ def order_within(scores: Tensor, outcomes: Tensor) -> Estimate | None:
         pairs += compared.sum(dim=0)
     if not bool(pairs.any()):
         return None
+    value = float(right.sum() / pairs.sum())
+    if len(pairs) < FEWEST:
+        return Estimate(value, None, None)
     drawn = _resamples(len(pairs))
     # A resample without a pair says nothing.
-    found = ((drawn @ right) / (drawn @ pairs)).nan_to_num(0.5)
-    return _with_interval(float(right.sum() / pairs.sum()), found)
+    return _with_interval(value, ((drawn @ right) / (drawn @ pairs)).nan_to_num(0.5))
 
 
 def mean_ranks(values: Tensor) -> Tensor:

@@ -72,8 +72,8 @@ def cosine_rows(cosines: Tensor) -> list[dict[str, Any]]:
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     lengths = a.norm(dim=1) * b.norm(dim=1)
-    same = (a == b).all(dim=1).double()
-    return torch.where(lengths > 0, (a * b).sum(dim=1) / lengths.clamp_min(1e-300), same)
+    cosine = ((a * b).sum(dim=1) / lengths.clamp_min(1e-300)).clamp(-1, 1)
+    return torch.where((a == b).all(dim=1), 1.0, cosine)
 
 
 def _attention_modules(model: PreTrainedModel, layers: int) -> list[nn.Module]:

@@ -49,7 +49,8 @@ def file_questions(models: ChatModels, place: str, limit: int | None = None) -> 
     if not Path(place).is_file():
         raise FileNotFoundError(f"--questions: there is no file {place}")
     conversations, bad = read_conversations(place)
-    bad.check()
+    if bad.count or not bad.kept:
+        raise ValueError("\n  ".join([f"--questions: {bad.summary()}", *bad.lines()]))
     chosen = [conversations[i] for i in sample(len(conversations), limit).tolist()]
     readings, asked = [], []
     for talk in chosen:
@@ -93,10 +94,14 @@ def _read(models: ChatModels, talk: Conversation) -> tuple[Reading, _Asked]:
     shared = models.prompts.shared(messages)
     ids = shared["input_ids"]
     length = ids.shape[1]
+    if length < 2:
+        raise ValueError("the prompt must have at least 2 tokens, the last one is not fused, got 1")
     theirs, token_map = ids[:, :-1], torch.arange(length - 1)
     if "sharer_inputs" in shared:
         theirs = shared["sharer_inputs"]["input_ids"]
         token_map = shared["sharer_inputs"]["token_map"][0][: length - 1].clone()
+        if not theirs.shape[1]:
+            raise ValueError("the sharer's tokenizer makes no token of the prompt")
     if talk.positions is not None:
         first, end = talk.positions
         if end > length - 1:

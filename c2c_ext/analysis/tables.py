@@ -82,6 +82,8 @@ def _interval(row: Row, value: str, prefix: str) -> str:
     if row[value] is None:
         return "-"
     low, high = (row[f"{prefix}_{end}"] for end in ("low", "high"))
+    if low is None:
+        return f"{row[value]:.3f}"
     return f"{row[value]:.3f} ({low:.3f} to {high:.3f})"
 
 
