@@ -12,7 +12,10 @@ from torch import Tensor
 
 from c2c_ext import fuse
 from c2c_ext.analysis import association, controls, readings, retention
+from c2c_ext.analysis import questions as qs
 from c2c_ext.analysis.attention_outputs import attention_cosines, attention_outputs
+from c2c_ext.chat.models import load_models
+from c2c_ext.demo import world as w
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -221,6 +224,29 @@ def test_rows_are_of_the_observed(case: tuple) -> None:
     assert (row["outcome"], row["spearman"]) == ("kept", found.value)
     still = next(r for r in across if r["outcome"] == "still_right")
     assert still["questions"] == int(seen.right_alone.sum())
+
+
+def test_filled_forms_are_what_the_receiver_can_read_alone() -> None:
+    models = load_models()
+    asked = qs.shipped_questions(models, 30, filled=True)
+    seen = retention.observe(models.receiver, models.fuser, asked.readings, asked.mismatched)
+    assert int(seen.right_alone.sum()) >= 59 and seen.right[0].sum() > 45
+    world = w.make_world(0)
+    for reading in asked.readings:
+        for name, answer in zip(reading.names, reading.answers.tolist(), strict=True):
+            words = name.split()
+            told = words[words.index(words[-1]) + 1]
+            if words[-2] == "rivals":
+                values = w.VALUES_OF[words[-1]]
+                rival = world.rival_of[w.attribute(words[-1]), values.index(told)]
+                told = values[int(rival)]
+            assert w.VOCABULARY[answer] == told
+        # Attributes alone are fused, each with itself in the sharer's blank form.
+        fused = (reading.token_map >= 0).nonzero()[:, 0]
+        assert fused.tolist() == list(range(3, 15, 2))
+        for row, ids in zip(reading.names, reading.sharer_ids, strict=True):
+            theirs = w.decode(ids[reading.token_map[fused]]).split()
+            assert theirs == row.split()[2:14:2]
 
 
 def test_closed_gates_keep_every_answer_and_leave_nothing_to_predict(case: tuple) -> None:

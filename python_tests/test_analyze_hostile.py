@@ -231,6 +231,11 @@ def test_logits_that_are_nan_are_named(
         (["rank", "--t2t-prompt", "{question}"], "--t2t-prompt goes with solved, not with rank"),
         (["solved", "--t2t-prompt", "x"], "--t2t-prompt must have the placeholder {question}"),
         (["solved", "--t2t-prompt", "{question}"], "--t2t-prompt goes with models of your own"),
+        (["rank", "--filled"], "--filled goes with the shipped pair and attention"),
+        (
+            ["attention", "--receiver", "x", "--questions", "q", "--filled"],
+            "--filled goes with the shipped pair and attention",
+        ),
         (["rank", "--form-size", "0"], "--form-size must be within 1..12, got 0"),
         (["rank", "--form-size", "13"], "--form-size must be within 1..12, got 13"),
         (

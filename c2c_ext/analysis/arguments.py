@@ -41,6 +41,11 @@ def add_analyze(commands: Any) -> None:
         "--form-size", metavar="K", type=int, help="attributes in the shipped pair's forms (6)"
     )
     analyze.add_argument(
+        "--filled",
+        action="store_true",
+        help="attention: the shipped receiver's forms are filled in, at random",
+    )
+    analyze.add_argument(
         "--t2t-tokens", metavar="N", type=int, help="solved: that the sharer may write (128)"
     )
     analyze.add_argument(

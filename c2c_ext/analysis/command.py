@@ -37,6 +37,7 @@ def run_analyze(
     questions: str | None = None,
     limit: int | None = None,
     form_size: int | None = None,
+    filled: bool = False,
     t2t_tokens: int | None = None,
     t2t_prompt: str | None = None,
     dtype: str = "auto",
@@ -52,6 +53,7 @@ def run_analyze(
         questions: see `file_questions`; needed with models of one's own, and only with them.
         limit: questions at most, see `sample`; of the shipped pair's two kinds, of each.
         form_size: attributes in the shipped pair's forms, 1..12; None: `FORM_SIZE`.
+        filled: see `shipped_questions`; with ``"attention"``.
         t2t_tokens: that the sharer may write, with ``"solved"``; None: 128, or the whole form.
         t2t_prompt: what it is asked for, see `load_models`; with ``"solved"``.
         json_path: also write all rows, arguments and environment to this file.
@@ -63,12 +65,12 @@ def run_analyze(
     if what not in ANALYSES:
         raise ValueError(f"must be one of {', '.join(ANALYSES)}, got {what!r}")
     own = any(place is not None for place in (receiver, sharer, fuser))
-    _check_options(what, own, questions, limit, form_size, t2t_tokens, t2t_prompt)
+    _check_options(what, own, questions, limit, form_size, filled, t2t_tokens, t2t_prompt)
     targets = _targets(questions, json_path, svg_path)
     models = _loaded(receiver, sharer, fuser, dtype=dtype, device=device, t2t_prompt=t2t_prompt)
     with torch.no_grad():
         if questions is None:
-            asked = shipped_questions(models, limit, form_size or FORM_SIZE)
+            asked = shipped_questions(models, limit, form_size or FORM_SIZE, filled=filled)
         else:
             asked = file_questions(models, questions, limit)
         rows, more = _analysed(what, models, asked, t2t_tokens or asked.t2t_tokens)
@@ -81,7 +83,7 @@ def run_analyze(
         "limit": limit,
     }
     if not own:
-        arguments["form_size"] = form_size or FORM_SIZE
+        arguments |= {"form_size": form_size or FORM_SIZE, "filled": filled}
     if what == "solved":
         arguments |= {"t2t_tokens": t2t_tokens or asked.t2t_tokens, "t2t_prompt": t2t_prompt}
     data = document("analyze", arguments, where, None, rows, [], complete=True) | more
@@ -103,6 +105,7 @@ def _check_options(
     questions: str | None,
     limit: int | None,
     form_size: int | None,
+    filled: bool,
     t2t_tokens: int | None,
     t2t_prompt: str | None,
 ) -> None:
@@ -123,6 +126,8 @@ def _check_options(
         raise ValueError(
             "--questions goes with models of your own: the shipped pair has its own questions"
         )
+    if filled and (own or what != "attention"):
+        raise ValueError("--filled goes with the shipped pair and attention: forms to be read")
     if own and form_size is not None:
         raise ValueError("--form-size goes with the shipped pair, not with models of your own")
     if form_size is not None and not 1 <= form_size <= NUM_ATTRIBUTES:

@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..evaluation.modes import Item, mismatched_contexts
 from .readings import Reading
 
 NOISE_SEED = 0
@@ -47,8 +46,9 @@ def noisy(reading: Reading, seed: int = NOISE_SEED) -> Reading:
 def mismatched(readings: Sequence[Reading]) -> list[Reading]:
     """Each with what the sharer has read for another one, as near in length as there is.
 
-    Which one it is does not depend on answers (`mismatched_contexts`). Of a text of another length
-    every token meets the one at the same part of it.
+    It is the next one in the order of length, of the last one the one before; answers do not count,
+    and equal texts get the same one. Of a text of another length every token meets the one at the
+    same part of it.
 
     Args:
         readings: of one prompt each.
@@ -62,15 +62,16 @@ def mismatched(readings: Sequence[Reading]) -> list[Reading]:
     texts = [_ids(reading) for reading in readings]
     if any(len(rows) != 1 for rows in texts):
         raise ValueError("c2c_ext.analysis: mismatched needs readings of one prompt each")
-    # A last token is never fused, and here it is not read: any will do.
-    items = [Item((*rows[0], 0), group=k) for k, rows in enumerate(texts)]
-    first_with = {item.context: k for k, item in reversed(list(enumerate(items)))}
-    if len(first_with) < 2:
+    keys = [tuple(rows[0]) for rows in texts]
+    by_key = dict(zip(keys, readings, strict=True))
+    order = sorted(by_key, key=lambda key: (len(key), key))
+    if len(order) < 2:
         return []
-    others = [readings[first_with[context]] for context in mismatched_contexts(items)]
+    other_of = dict(zip(order, [*order[1:], order[-2]], strict=True))
+    pairs = [(own, by_key[other_of[key]]) for own, key in zip(readings, keys, strict=True)]
     return [
         with_sharer_of(own, other, in_proportion(own, other.sharer[0][0].shape[2]))
-        for own, other in zip(readings, others, strict=True)
+        for own, other in pairs
     ]
 
 

@@ -49,8 +49,10 @@ def file_questions(models: ChatModels, place: str, limit: int | None = None) -> 
     if not Path(place).is_file():
         raise FileNotFoundError(f"--questions: there is no file {place}")
     conversations, bad = read_conversations(place)
-    if bad.count or not bad.kept:
+    if bad.count:
         raise ValueError("\n  ".join([f"--questions: {bad.summary()}", *bad.lines()]))
+    if not bad.kept:
+        raise ValueError(f"--questions: {place} holds no conversation that can be used")
     chosen = [conversations[i] for i in sample(len(conversations), limit).tolist()]
     readings, asked = [], []
     for talk in chosen:

@@ -53,12 +53,21 @@ def sample(count: int, limit: int | None) -> Tensor:
 
 
 def shipped_questions(
-    models: ChatModels, limit: int | None = None, size: int = FORM_SIZE
+    models: ChatModels,
+    limit: int | None = None,
+    size: int = FORM_SIZE,
+    *,
+    filled: bool = False,
 ) -> Questions:
     """Questions about held-out entities with forms of ``size``, of each kind at most ``limit``.
 
     An answer is chosen among the asked attribute's eight values; only the form's attributes are
     fused, and T2T is the sharer's filling in the form, one value a token.
+
+    Args:
+        filled: the receiver reads forms that are filled in, with values drawn at random, and by
+            those an answer is right: something that it can do alone, and that the sharer, who reads
+            the blank form, contradicts.
     """
     pair = ev.Pair(w.make_world(SEED), models.receiver, models.sharer, models.fuser)
     world, parts, readings, mismatched = pair.world, [], [], []
@@ -68,9 +77,10 @@ def shipped_questions(
         fields = (every.entities, every.attributes, every.asked, every.kinds)
         questions = ev.Questions(*(field[kept] for field in fields))
         parts.append(questions)
-        reading = _of_forms(pair, questions, world.blank_form(*fields[:2])[kept])
+        drawn = _drawn_values(every)[kept] if filled else None
+        reading = _of_forms(pair, questions, world.blank_form(*fields[:2])[kept], drawn)
         readings.append(reading)
-        other = _of_forms(pair, questions, _other_forms(world, every)[kept])
+        other = _of_forms(pair, questions, _other_forms(world, every)[kept], drawn)
         mismatched.append(with_sharer_of(reading, other, reading.token_map))
 
     def ask_sharer() -> tuple[Tensor, Tensor]:
@@ -85,7 +95,7 @@ def shipped_questions(
         return torch.cat(right)
 
     return Questions(
-        "the shipped pair's held-out questions",
+        f"the shipped pair's held-out questions{', forms filled in' if filled else ''}",
         readings,
         mismatched,
         ask_sharer,
@@ -94,13 +104,28 @@ def shipped_questions(
     )
 
 
-def _of_forms(pair: ev.Pair, questions: ev.Questions, read_by_sharer: Tensor) -> Reading:
-    """The questions, read by the receiver; the sharer reads forms ``[Q, 3 + K]``."""
-    form = pair.world.blank_form(questions.entities, questions.attributes)
+def _of_forms(
+    pair: ev.Pair, questions: ev.Questions, read_by_sharer: Tensor, filled_with: Tensor | None
+) -> Reading:
+    """The questions, read by the receiver; the sharer reads forms ``[Q, 3 + K]``.
+
+    Args:
+        filled_with: values ``[Q, K]`` in the receiver's forms; None: they are blank, and the facts
+            are asked for.
+    """
+    world, asked = pair.world, questions.asked
+    places = ev.form_positions(questions.size)
+    if filled_with is None:
+        form = world.blank_form(questions.entities, questions.attributes)
+        step, answers = 1, questions.answers(world)
+    else:
+        form = world.filled_form(questions.entities, questions.attributes, filled_with)
+        step = 2  # a value follows each attribute
+        told = filled_with[questions.attributes == asked[:, None]]
+        answers = world.answers(questions.kinds, asked, told)
     ids = torch.cat([form, questions.question()], dim=1)
     token_map = torch.full((ids.shape[1] - 1,), -1)
-    places = ev.form_positions(questions.size)
-    token_map[places] = torch.arange(places.start, places.stop)
+    token_map[places.start : form.shape[1] : step] = torch.arange(places.start, places.stop)
     values = torch.arange(w.NUM_VALUES)
     return read(
         pair.receiver,
@@ -108,10 +133,16 @@ def _of_forms(pair: ev.Pair, questions: ev.Questions, read_by_sharer: Tensor) ->
         ids,
         read_by_sharer,
         token_map,
-        answers=w.value_ids(questions.asked, questions.answers(pair.world)),
-        candidates=w.value_ids(questions.asked[:, None], values),
+        answers=w.value_ids(asked, answers),
+        candidates=w.value_ids(asked[:, None], values),
         names=tuple(w.decode(row[1:]) for row in ids),
     )
+
+
+def _drawn_values(questions: ev.Questions) -> Tensor:
+    """Values ``[Q, K]``, the same for the same questions."""
+    generator = torch.Generator().manual_seed(FORM_SEED + 1)
+    return torch.randint(w.NUM_VALUES, questions.attributes.shape, generator=generator)
 
 
 def _other_forms(world: w.World, questions: ev.Questions) -> Tensor:

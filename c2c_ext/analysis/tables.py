@@ -8,6 +8,7 @@ from typing import Any
 from .retention import MEAN
 
 Row = Mapping[str, Any]
+SMALLEST = "<1e-300"  # a p that no float64 holds
 
 
 def shown(what: str, data: Mapping[str, Any]) -> str:
@@ -23,7 +24,8 @@ def shown(what: str, data: Mapping[str, Any]) -> str:
         line = "no verdict: a mismatched cache needs another question"
         if data["verdict"] is not None:
             line = data["verdict"]["line"]
-        return "\n\n".join([table(data["modes"]), line, table(data["patterns"])])
+        modes = [row | ({"p": SMALLEST} if row["p"] == 0 else {}) for row in data["modes"]]
+        return "\n\n".join([table(modes), line, table(data["patterns"])])
     return table(data["rows"])
 
 
