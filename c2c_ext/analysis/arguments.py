@@ -11,7 +11,7 @@ ANALYSES = {
     "layers": "answers when only some layers are fused",
     "positions": "answers when only a part of the positions is fused",
     "attention": "cosine of attention outputs, fused and plain, and what it predicts",
-    "solved": "which questions each mode and control solves; does content cross?",
+    "solved": "which questions each mode and control solves, and whether content crosses",
 }
 
 

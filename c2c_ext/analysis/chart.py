@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..chat.heat_map import FONT, weight_colour
 from ..chat.text import printable
@@ -28,6 +28,8 @@ class Panel:
     low: float | None = None  # of the y axis; None: from the points
     high: float | None = None
     joined: bool = True  # the points of a line
+    # By line (x, low, high), inside of the y axis.
+    intervals: Mapping[str, Sequence[tuple[float, float, float]]] = field(default_factory=dict)
 
 
 def line_chart(title: str, note: str, panels: Sequence[Panel]) -> str:
@@ -128,6 +130,8 @@ def _panel(panel: Panel, colours: Mapping[str, str]) -> list[str]:
         drawn = [at(x, y) for x, y in line if math.isfinite(x) and math.isfinite(y)]
         if len(drawn) > 1 and panel.joined:
             out.append(_line(drawn, colours[name], 2))
+        for x, low_end, high_end in panel.intervals.get(name, ()):
+            out.append(_line([at(x, low_end), at(x, high_end)], colours[name]))
         out += [
             f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3' fill='{colours[name]}'/>" for x, y in drawn
         ]

@@ -69,11 +69,16 @@ def _attention(title: str, note: str, data: Data) -> str:
     whole = data["conditions"][0]["condition"]
     told = {
         f"answers {name}": [
-            (row["layer"], row[f"{name}_auc"])
+            (row["layer"], *(row[f"{name}_{part}"] for part in ("auc", "low", "high")))
             for row in data["layers"]
             if row["condition"] == whole and row[f"{name}_auc"] is not None
         ]
         for name in ("kept", "right")
+    }
+    values = {name: [(layer, auc) for layer, auc, *_ in points] for name, points in told.items()}
+    ends = {
+        name: [(layer, low, high) for layer, _, low, high in points]
+        for name, points in told.items()
     }
     return line_chart(
         title,
@@ -81,7 +86,7 @@ def _attention(title: str, note: str, data: Data) -> str:
         [
             Panel("cosine, fused and plain", "layer", spread | by_layer, -1.0, 1.0),
             Panel("a point per condition", "mean cosine", rates, 0.0, 1.0, joined=False),
-            Panel("AUC of a layer's cosine, all fused", "layer", told, 0.0, 1.0),
+            Panel("AUC of a layer's cosine, all fused", "layer", values, 0.0, 1.0, intervals=ends),
         ],
     )
 
