@@ -11,6 +11,7 @@ from chat_models import chat_models, save_chat_models
 from torch import Tensor
 
 from c2c_ext.analysis import solved
+from c2c_ext.analysis.curves import map_of_part
 from c2c_ext.analysis.file_questions import file_questions
 from c2c_ext.analysis.questions import sample, shipped_questions
 from c2c_ext.analysis.readings import fused, is_right, next_logits
@@ -121,6 +122,23 @@ def test_shipped_answers_are_those_of_the_demo() -> None:
     assert found["c2c"].sum() > 70
     assert all(found[mode].sum() < 30 for mode in ("receiver", "mismatched", "zero", "noise"))
     assert solved.verdict_of(found).transferred
+
+
+@pytest.mark.parametrize("size", [3, 12])
+def test_a_position_carries_its_own_attribute_and_no_other(size: int) -> None:
+    models = load_models()
+    asked, own, others = shipped_questions(models, 100, size), [], []
+    for r in asked.readings:
+        places = [name.split()[2 : 2 + size].index(name.split()[-1]) for name in r.names]
+        for k in range(size):
+            token_map = map_of_part(r, "only", (k + 1) / size, k / size)
+            right = is_right(next_logits(models.receiver, fused(r, models.fuser, token_map), r), r)
+            is_own = torch.tensor(places) == k
+            own.append(right[is_own])
+            others.append(right[~is_own])
+    own, others = (torch.cat(part).float() for part in (own, others))
+    assert len(own) == 200 and own.mean() > 0.97
+    assert 0.08 < others.mean() < 0.18
 
 
 def pair_of(models: ChatModels) -> ev.Pair:
