@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -70,6 +71,16 @@ def test_a_table_is_what_its_file_holds(name: str) -> None:
     size = re.search(r"--form-size (\d+)", FILES[name])
     assert data["arguments"]["form_size"] == (int(size[1]) if size else 6)
     assert f"$ c2c analyze {FILES[name]}\n{shown(what, data)}\n```\n" in DOCUMENT
+
+
+def test_the_recording_script_writes_these_files_and_tables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    analyses = importlib.import_module("analyses")
+    assert analyses.recorded() == {f"analyze_{n}": line.split() for n, line in FILES.items()}
+    wrong = DOCUMENT.replace("layer  mean ", "layer  man  ").replace("  1915 ", "  1916 ")
+    assert wrong != DOCUMENT and analyses.with_tables(wrong) == DOCUMENT
 
 
 @pytest.mark.parametrize("name", FILES)
