@@ -73,6 +73,8 @@ def test_own_models_are_analysed(
     options, file = own
     target = tmp_path / "a.json"
     arguments = [*options, "--questions", str(file), "--json", str(target)]
+    if what == "solved":
+        arguments += ["--t2t-tokens", "2"]
     assert main(["analyze", what, *arguments]) == 0
     assert f"3 questions: {file}" in capsys.readouterr().out
     rows = json.loads(target.read_text())["rows"]
