@@ -95,29 +95,30 @@ def parse_json(text: bytes, where: str) -> Any:
         raise ValueError(f"c2c_ext: {where} is not valid JSON: {error}") from error
 
 
-def checked_target(option: str, place: str | os.PathLike) -> Path:
-    """Where a file that an option names will be written, resolved, checked before the work begins.
+def checked_target(option: str, place: str) -> Path:
+    """Where a command will write a file, asked before it does its work.
 
-    A temporary file is made beside it and removed, as `write_atomically` will: only that tells
-    whether the directory takes one, and a name of that length.
+    A symbolic link is resolved: it stays, and what it points to is written. A temporary file is
+    made beside it and removed, as `write_atomically` will: only that tells whether the directory
+    takes one, and a name of that length.
 
     Raises:
-        ValueError: there is no such directory, something that is no regular file stands there, or
-            no file can be made; names the option.
+        ValueError: no file can be written there; names the option.
     """
     try:
-        target = Path(place).resolve()  # a link stays, what it points to is written
+        target = Path(place).resolve()
         if target.exists() and not target.is_file():
             raise ValueError(f"{option}: {target} exists and is not a regular file")
         if not target.parent.is_dir():
             raise ValueError(f"{option}: there is no directory {target.parent}")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise ValueError(f"{option}: nothing can be written to {target.parent}")
         temporary = _temporary(target)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         temporary.unlink()
     except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError before 3.13
         why = getattr(error, "strerror", None) or str(error)
-        place = shown_name(str(place), 300)
-        raise ValueError(f"{option}: {place} cannot be written: {why}") from error
+        raise ValueError(f"{option}: {shown_name(place, 300)} cannot be written: {why}") from error
     return target
 
 
