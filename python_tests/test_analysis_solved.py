@@ -207,7 +207,7 @@ def test_one_command_says_whether_content_crosses(
     assert [line.split()[0] for line in lines[1:9]] == list(MODES)
     assert lines[9].startswith("no evidence that content was transferred: against receiver")
     data = json.loads(target.read_text())
-    assert data["verdict"] == {"transferred": False, "line": lines[9]}
+    assert (data["verdict"]["transferred"], data["verdict"]["line"]) == (False, lines[9])
     assert (data["arguments"]["t2t_tokens"], data["arguments"]["t2t_prompt"]) == (
         3,
         "w7 {question}",
