@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .aligned import Alignment
 from .alignment import TokenAligner
-from .files import write_atomically
-from .info import _checked_target
+from .files import checked_target, write_atomically
 from .model_card import HUB_ID
 from .model_files import load_tokenizer
 from .token_spans import TokenSpans
@@ -54,7 +53,7 @@ def run_align(
         raise ValueError("TEXT must not be empty")
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"TEXT must have at most {MAX_CHARACTERS} characters, has {len(text)}")
-    target = None if json_path is None else _checked_target(json_path)
+    target = None if json_path is None else checked_target("--json", json_path)
     places = {"--receiver": receiver, "--sharer": sharer}
     for option, place in places.items():
         if not Path(place).is_dir() and (Path(place).exists() or not HUB_ID.fullmatch(place)):

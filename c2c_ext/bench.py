@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
+from .files import checked_target
 from .fusion_bench import SHAPES, FusionCase, gemm_dtypes, make_fuser, measure_fusion, set_gates
-from .info import _checked_target, format_bytes, format_seconds
+from .info import format_bytes, format_seconds
 from .machine import environment
 from .measure import BASELINE, Cell, Effort, document, write_json
 from .probe import CeilingSampler, probe
@@ -49,7 +50,7 @@ def run_bench(
         if not 1 <= value <= MAX_TOKENS:
             raise ValueError(f"--tokens must be in 1..{MAX_TOKENS}, got {value}")
     chosen = {name: DTYPES[name] for name in dtypes or ("fp32", "bf16")}
-    target = None if json_path is None else _checked_target(json_path)
+    target = None if json_path is None else checked_target("--json", json_path)
     name = "tiny" if quick else "short"
     effort = Effort(rounds=2, seconds=0.05, limit=2) if quick else Effort(3, 0.5, limit=5)
     where = environment()

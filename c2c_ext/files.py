@@ -95,6 +95,24 @@ def parse_json(text: bytes, where: str) -> Any:
         raise ValueError(f"c2c_ext: {where} is not valid JSON: {error}") from error
 
 
+def checked_target(option: str, place: str) -> Path:
+    """Where a command will write a file, asked before it does its work.
+
+    A symbolic link is resolved: it stays, and what it points to is written.
+
+    Raises:
+        ValueError: no file can be written there; names the option.
+    """
+    target = Path(place).resolve()
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{option}: {target} exists and is not a regular file")
+    if not target.parent.is_dir():
+        raise ValueError(f"{option}: there is no directory {target.parent}")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{option}: nothing can be written to {target.parent}")
+    return target
+
+
 def write_atomically(files: Mapping[Path, Callable[[str], Any]]) -> None:
     """Writes files beside their places, then moves all of them there.
 

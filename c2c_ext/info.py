@@ -17,7 +17,7 @@ from . import __version__, build_info, cuda_paths
 from . import report as reports
 from .estimate import Workload
 from .facts import read_fuser, read_model
-from .files import write_atomically
+from .files import checked_target, write_atomically
 from .ops import kernels_missing
 from .probe import SECONDS, probe
 
@@ -102,7 +102,7 @@ def run_info(
             raise ValueError(f"{option} must be in 1..{limit}, got {value}")
     if batch * tokens > MAX_ROWS:
         raise ValueError(f"--batch times --tokens must be at most {MAX_ROWS}, got {batch * tokens}")
-    target = None if json_path is None else _checked_target(json_path)
+    target = None if json_path is None else checked_target("--json", json_path)
     work = Workload(batch, tokens, reports.DTYPES[dtype])
     environment = describe()
     for label, value in environment.items():
@@ -143,15 +143,6 @@ def run_info(
         text = json.dumps(report, indent=2, allow_nan=False) + "\n"
         write_atomically({target: lambda path: Path(path).write_text(text, "utf-8")})
     return 1 if report["problems"] else 0
-
-
-def _checked_target(json_path: str) -> Path:
-    target = Path(json_path).resolve()  # a link stays, what it points to is written
-    if target.exists() and not target.is_file():
-        raise ValueError(f"--json: {target} exists and is not a regular file")
-    if not target.parent.is_dir():
-        raise ValueError(f"--json: there is no directory {target.parent}")
-    return target
 
 
 def _print_row(label: str, value: str) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..chat.models import ChatModels, load_models
 from ..chat.text import printable
-from ..info import _checked_target
+from ..files import checked_target
 from ..machine import environment
 from ..measure import document, write_json, write_text
 from . import solved
@@ -62,7 +61,7 @@ def run_analyze(
             "--questions goes with models of your own: the shipped pair has its own questions"
         )
     targets = {
-        option: _target(option, place)
+        option: checked_target(option, place)
         for option, place in (("--json", json_path), ("--svg", svg_path))
         if place is not None
     }
@@ -139,13 +138,6 @@ def _loaded(
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _target(option: str, place: str) -> Path:
-    try:
-        return _checked_target(place)
-    except ValueError as error:  # it names --json
-        raise ValueError(option + str(error).removeprefix("--json")) from error
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
-from .statistics import NEEDED, Comparison, compare, verdict, wilson_interval
+from .statistics import NEEDED, Comparison, compare, holm, verdict, wilson_interval
 
 METRICS = ("acc", "exact_match")  # preferred, in this order, where a task has several
 
@@ -69,6 +69,60 @@ def summarise(right: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
         "comparisons": [asdict(compare(*pair, right)) for pair in combinations(right, 2)],
         "verdict": judged,
     }
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A task's answers in all modes.
+
+    Attributes:
+        right: for every mode, whether each question was answered right.
+        documents: what tells the questions from each other, in their order.
+    """
+
+    right: Mapping[str, Sequence[bool]]
+    documents: Sequence[str]
+
+
+def pooled(answers: Mapping[str, Answers]) -> dict[str, Any]:
+    """`summarise` of the questions of several tasks together.
+
+    A question that an earlier task has asked is left out: counted again, it would look like more
+    evidence than it is.
+
+    Args:
+        answers: by task; the same modes.
+    """
+    modes = list(next(iter(answers.values())).right)
+    right: dict[str, list[bool]] = {mode: [] for mode in modes}
+    seen: set[str] = set()
+    repeated = 0
+    for task in answers.values():
+        new = [k for k, document in enumerate(task.documents) if document not in seen]
+        repeated += len(task.documents) - len(new)
+        for mode in modes:
+            right[mode] += [task.right[mode][k] for k in new]
+        seen.update(task.documents)
+    return {"tasks": list(answers), "repeated": repeated, **summarise(right)}
+
+
+def multiplicity(verdicts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What verdicts on several tasks say together; the line is for people.
+
+    Args:
+        verdicts: by task, as `summarise` gives them.
+    """
+    alone = [name for name, found in verdicts.items() if found["transferred"]]
+    kept = holm({name: found["p"] for name, found in verdicts.items()})
+    count = len(verdicts)
+    chance = min(1.0, 0.05 * count)
+    line = (
+        f"{count} tasks were judged, each at 95%: without any transfer the chance of one false "
+        f'"content transferred" is up to {chance:.0%}. Transferred: {len(alone)}; after the '
+        f"correction for {count} verdicts (Holm) {len(kept)}"
+    )
+    line += f": {', '.join(kept)}" if kept else ""
+    return {"judged": count, "transferred": alone, "transferred_holm": kept, "line": line}
 
 
 def table(task: str, metric: str, summary: Mapping[str, Any]) -> str:
