@@ -5,7 +5,14 @@ import sys
 import pytest
 
 from c2c_ext.cli import main
-from c2c_ext.evaluation.results import right_answers, summarise, table
+from c2c_ext.evaluation.results import (
+    Answers,
+    multiplicity,
+    pooled,
+    right_answers,
+    summarise,
+    table,
+)
 from c2c_ext.evaluation.text_to_text import Wording
 
 
@@ -60,6 +67,36 @@ def test_summary_without_a_control_gives_no_verdict() -> None:
     )
 
 
+def test_pooled_tasks_count_a_repeated_question_once() -> None:
+    def of(right, *documents):
+        return Answers({"receiver": [False] * len(right), "c2c": right}, documents)
+
+    found = pooled({"a": of([True, False], "x", "y"), "b": of([False, True, True], "x", "z", "z")})
+    assert (found["tasks"], found["repeated"]) == (["a", "b"], 1)
+    assert (found["modes"]["c2c"]["right"], found["modes"]["c2c"]["count"]) == (3, 4)
+
+
+def test_pooling_shows_what_no_single_task_does() -> None:
+    def of(task):
+        right = {"c2c": [True] * 4, "receiver": [False] * 4, "mismatched": [False] * 4}
+        return Answers(right, [f"{task}{k}" for k in range(4)])
+
+    tasks = {name: of(name) for name in "ab"}
+    assert not any(summarise(task.right)["verdict"]["transferred"] for task in tasks.values())
+    found = pooled(tasks)
+    assert found["verdict"]["transferred"] and found["verdict"]["p"] == 2 / 2**8
+
+
+def test_several_verdicts_are_corrected_for_their_number() -> None:
+    def of(p):
+        return {"transferred": p < 0.05, "p": p, "line": ""}
+
+    found = multiplicity({"a": of(0.001), "b": of(0.04), "c": of(0.6)})
+    assert found["transferred"] == ["a", "b"]
+    assert found["transferred_holm"] == ["a"]  # 0.04 is not below 0.05 / 2
+    assert "up to 15%" in found["line"] and found["line"].endswith("(Holm) 1: a")
+
+
 def test_wording_fills_placeholders_once() -> None:
     wording = Wording("Q: {question}{options}!", "{text} | {question}")
     assert wording.asked("why {options}?", [" a", "b"]) == "Q: why {options}?\n- a\n- b!"
@@ -85,6 +122,9 @@ def test_wording_refuses_what_says_nothing() -> None:
         (["--include-path", "nowhere"], "--include-path: nowhere is no directory"),
         (["--modes", "c2c", "magic"], "--modes: there are receiver, sharer, ensemble"),
         (["--t2t-prompt", "x"], "--t2t-prompt: t2t prompt must have the placeholder {question}"),
+        (["--t2t-prompt", ""], "--t2t-prompt: t2t prompt must have the placeholder {question}"),
+        (["--json", "/nowhere/x.json"], "--json: there is no directory /nowhere"),
+        (["--json", "/"], "--json: / exists and is not a regular file"),
         ([], "needs the extra eval: pip install 'c2c_ext[eval]'"),
     ],
 )
@@ -94,3 +134,9 @@ def test_eval_refuses_with_one_line(options, message, monkeypatch, capsys) -> No
     shown = capsys.readouterr()
     assert shown.err.startswith(f"c2c eval: {message}") and shown.err.count("\n") == 1
     assert shown.out == ""
+
+
+def test_eval_refuses_a_place_that_it_cannot_write_to(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("os.access", lambda *asked: False)  # root may write everywhere
+    assert main(["eval", "--tasks", "forms", "--json", str(tmp_path / "x")]) == 2
+    assert f"--json: nothing can be written to {tmp_path}" in capsys.readouterr().err
