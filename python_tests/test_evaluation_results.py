@@ -37,6 +37,7 @@ def test_right_answers_prefer_acc_and_take_the_metric_asked_for() -> None:
     with pytest.raises(ValueError, match="right or wrong by 'loss', only by acc_norm, acc"):
         right_answers(samples, "loss")
     assert right_answers([sample(0, word_perplexity=2.5)]) is None
+    assert right_answers([sample(0, word_perplexity=2.5)], "acc") is None
     assert right_answers([]) is None
 
 

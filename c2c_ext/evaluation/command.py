@@ -38,6 +38,7 @@ def run_eval(
     t2t_tokens: int,
     t2t_prompt: str | None,
     greedy: bool,
+    rolling_block: int,
     dtype: str,
     device: str,
     synchronize: bool,
@@ -58,6 +59,7 @@ def run_eval(
         metric: see `right_answers`.
         t2t_tokens, t2t_prompt: see `Wording`.
         greedy: see `load_tasks`.
+        rolling_block: see `C2CModel`.
         synchronize: see `Stopwatch.waits_for`.
         json: a file for all results.
 
@@ -69,6 +71,7 @@ def run_eval(
         ("--batch-size", batch_size),
         ("--limit", limit),
         ("--t2t-tokens", t2t_tokens),
+        ("--rolling-block", rolling_block),
     ):
         if value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
@@ -104,7 +107,9 @@ def run_eval(
                 raise ValueError(f"--chat-template: the {side}'s tokenizer has none")
     if synchronize and loaded.receiver.device.type != "cuda":
         raise ValueError("--synchronize goes with a GPU: on a CPU the parts are told apart anyway")
-    asked = load_tasks(manager, names, limit=limit, greedy=greedy)
+    asked = load_tasks(
+        manager, names, limit=limit, num_fewshot=num_fewshot, greedy=greedy, metric=metric
+    )
     refused = refusals(asked, pair)
     chosen = list(dict.fromkeys(modes or MODES))
     for mode in [mode for mode in chosen if mode in refused]:
@@ -121,19 +126,17 @@ def run_eval(
             questions=sum(asked.questions.values()),
             batch_size=batch_size,
             wording=wording,
+            rolling_block=rolling_block,
             harness={
-                "tasks": asked.specs,
-                "task_manager": manager,
+                "task_dict": asked.for_a_run(),
                 "limit": limit,
-                "num_fewshot": num_fewshot,
                 "apply_chat_template": chat_template,
                 "system_instruction": system,
-                "gen_kwargs": {"do_sample": False, "temperature": 0.0} if greedy else None,
             },
         )
 
     runs, details = _of_modes(chosen, run)
-    results = _results(runs, asked.groups, metric)
+    results = _results(runs, asked.members, metric)
     _show(results, details)
     if target is not None:
         from ..demo.evaluate import write_results
@@ -148,6 +151,7 @@ def run_eval(
             "chat_template": chat_template,
             "system": system,
             "same_tokens": pair.same_tokens,
+            "rolling_block": rolling_block,
             "t2t": {"prompt": wording.prompt, "reading": wording.reading, "tokens": t2t_tokens},
             "dtype": str(loaded.receiver.dtype).removeprefix("torch."),
             "device": str(loaded.receiver.device),
@@ -174,24 +178,24 @@ def _run(
     questions: int,
     batch_size: int,
     wording: Wording,
+    rolling_block: int,
     harness: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the harness found in one mode, and what the mode took."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
 
     from .harness import C2CModel
 
-    model = C2CModel(mode=mode, batch_size=batch_size, wording=wording, loaded=loaded, pair=pair)
-    start = time.perf_counter()
-    found = simple_evaluate(
-        model=model,
-        bootstrap_iters=0,
-        # Nothing here is drawn but the examples, by a generator of their own.
-        random_seed=None,
-        numpy_random_seed=None,
-        torch_random_seed=None,
-        **harness,
+    model = C2CModel(
+        mode=mode,
+        batch_size=batch_size,
+        wording=wording,
+        rolling_block=rolling_block,
+        loaded=loaded,
+        pair=pair,
     )
+    start = time.perf_counter()
+    found = evaluate(lm=model, bootstrap_iters=0, fewshot_as_multiturn=True, **harness)
     total = time.perf_counter() - start
     took = latency(pair.clock, loaded.receiver.device, questions=questions, total=total)
     return found, {

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -20,12 +21,13 @@ from ..fuser import Fuser
 from ..messages import shown
 from ..model_kv import ModelKV
 from ..position_limit import limit_of
-from .modes import MODES, generate, score
+from .modes import MODES, Item, generate, score
 from .readers import EvaluationPair
 from .text_to_text import T2T_PROMPT, T2T_TOKENS, Wording, write
 from .texts import Texts
 
 ROLLING_BLOCK = 64
+HARNESS_DEVICE = "cuda:0"  # what its command says where nobody has named a device, GPU or not
 MAX_GEN_TOKS = 256
 # Names that the harness has for one setting, the one that counts first.
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -132,6 +134,8 @@ class C2CModel(LM):
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if not str(8 if batch_size is None else batch_size).isdecimal():
+            raise ValueError(f"batch_size must be a number, got {shown(batch_size)}")
         self.batch_size = 8 if batch_size is None else int(batch_size)
         for name, value in (
             ("batch_size", self.batch_size),
@@ -140,6 +144,8 @@ class C2CModel(LM):
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if device == HARNESS_DEVICE and not torch.cuda.is_available():
+            device = None
         models = loaded or load_models(
             receiver, sharer, fuser, dtype=dtype, device=device or "auto"
         )
@@ -185,9 +191,8 @@ class C2CModel(LM):
         """See `LM.loglikelihood`."""
         items = []
         for request, context in zip(requests, self._contexts(requests), strict=True):
-            document = _document(request)
-            group = (document, bool(context))  # apart from the options without their question
-            items.append(self.texts.item(context, request.args[1], group=group, document=document))
+            group = (_document(request), bool(context))  # apart from options without a question
+            items.append(self._item(request, context, request.args[1], group=group))
         scores = score(self._reading_mode, self.pair, items, self.batch_size)
         return [(s.log_likelihood, s.greedy) for s in scores]
 
@@ -228,10 +233,8 @@ class C2CModel(LM):
             until = settings.get("until") or []
             stops.append([until] if isinstance(until, str) else list(until))
             limits.append(min(_new_tokens(settings, self.max_gen_toks), self.texts.room))
-            document = _document(request)
-            items.append(
-                self.texts.item(context, None, group=document, document=document, new=limits[-1])
-            )
+            group = _document(request)
+            items.append(self._item(request, context, None, group=group, new=limits[-1]))
         ends = {side: self._ends(side) for side in SIDES}
         if self.pair.same_tokens and self.mode in ("sharer", "routing", "ensemble"):
             ends = dict.fromkeys(SIDES, ends["receiver"] | ends["sharer"])
@@ -287,6 +290,12 @@ class C2CModel(LM):
             read[key] = self.texts.with_question(key[1], reading)
         keys = [(_document(request), request.args[0]) for request in requests]
         return [read.get(key, key[1]) for key in keys]
+
+    def _item(self, request: Instance, *read: str | None, **settings: Any) -> Item:
+        try:
+            return self.texts.item(*read, document=_document(request), **settings)
+        except ValueError as error:
+            raise ValueError(f"task {request.task_name}: {error}") from error
 
     def _ends(self, side: str) -> set[int]:
         config = getattr(self.pair, side).generation_config

@@ -45,6 +45,13 @@ def add_eval(commands: Any) -> None:
     parser.add_argument(
         "--greedy", action="store_true", help="do not draw answers, also where a task asks for it"
     )
+    parser.add_argument(
+        "--rolling-block",
+        metavar="N",
+        type=int,
+        default=64,
+        help="tokens of a perplexity that are scored at a time, on the fused text before them (64)",
+    )
     add_placement(parser)
     parser.add_argument(
         "--synchronize",

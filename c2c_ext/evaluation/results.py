@@ -32,7 +32,7 @@ def right_answers(
         return None
     chosen = [s for s in samples if s["filter"] == samples[0]["filter"]]
     names = [n for n in samples[0]["metrics"] if all(_is_answer(s.get(n)) for s in chosen)]
-    if metric is not None and metric not in names:
+    if metric is not None and names and metric not in names:
         raise ValueError(
             f"--metric: a task has no answers that are right or wrong by {metric!r}, only by "
             f"{', '.join(names) or 'none'}"

@@ -18,6 +18,8 @@ from .modes import MODES
 from .readers import EvaluationPair
 
 Result = TypeVar("Result")
+GREEDY = {"do_sample": False, "temperature": 0.0}
+FEWSHOT_SEED = 1234  # the harness's own
 KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until", "multiple_choice")
 
 
@@ -26,16 +28,30 @@ class Tasks:
     """What is asked.
 
     Attributes:
-        specs: tasks and groups, as the harness takes them.
         leaves: every single task by name.
-        groups: by the name of a group of several tasks, their names.
+        groups: the harness's groups by name.
         questions: of each single task, after the limit.
     """
 
-    specs: list[Any]
     leaves: dict[str, Any]
-    groups: dict[str, list[str]]
+    groups: dict[str, Any]
     questions: dict[str, int]
+
+    @property
+    def members(self) -> dict[str, list[str]]:
+        """The names of the single tasks in every group of several."""
+        inside = {
+            name: [task.task_name for task in group.get_all_tasks()]
+            for name, group in self.groups.items()
+        }
+        return {name: tasks for name, tasks in inside.items() if len(tasks) > 1}
+
+    def for_a_run(self) -> dict[str, Any]:
+        """As the harness takes them; every run draws the same few-shot examples."""
+        for task in self.leaves.values():
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        children = {name: group.child_names for name, group in self.groups.items()}
+        return {"tasks": self.leaves, "groups": self.groups, "group_map": children}
 
 
 def find_tasks(names: Sequence[str], include_path: str | None) -> tuple[TaskManager, list[str]]:
@@ -77,36 +93,49 @@ def _is_own(manager: TaskManager, name: str) -> bool:
 
 
 def load_tasks(
-    manager: TaskManager, names: Sequence[str], *, limit: int | None, greedy: bool
+    manager: TaskManager,
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    greedy: bool = False,
+    metric: str | None = None,
 ) -> Tasks:
     """Loads tasks with their data, and makes their questions once.
 
     Args:
         names: as `find_tasks` gave them.
         limit: questions of each.
+        num_fewshot: examples before each question, where a task does not say that it has none;
+            None: as the task says.
         greedy: whether tasks that ask for sampling are decoded greedily all the same.
+
+        metric: that every task must have whose answers can be right or wrong.
 
     Raises:
         ValueError: a task that cannot be loaded, has no question, or asks for what is not done
             here; names it.
     """
-    specs: list[Any] = []
     leaves: dict[str, Any] = {}
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, Any] = {}
     for name in names:
         loaded = _attempt(name, "cannot be loaded", lambda name=name: manager.load([name]))
-        for group, held in loaded.get("groups", {}).items():
-            inside = [task.task_name for task in held.get_all_tasks()]
-            if len(inside) > 1:
-                groups[group] = inside
-        specs += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
+        groups |= loaded["groups"]
         if both := leaves.keys() & loaded["tasks"].keys():
             raise ValueError(
                 f"--tasks: {shown_name(min(both))} is named twice, alone or in a group"
             )
         leaves |= loaded["tasks"]
-    questions = {name: _checked(name, task, limit, greedy) for name, task in leaves.items()}
-    return Tasks(specs, leaves, groups, questions)
+    for task in leaves.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        elif num_fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=num_fewshot)
+        if greedy and task.OUTPUT_TYPE == "generate_until":
+            task.set_config(key="generation_kwargs", value=GREEDY, update=True)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    questions = {name: _checked(name, task, limit, metric) for name, task in leaves.items()}
+    return Tasks(leaves, groups, questions)
 
 
 def refusals(tasks: Tasks, pair: EvaluationPair) -> dict[str, str]:
@@ -131,7 +160,7 @@ def refusals(tasks: Tasks, pair: EvaluationPair) -> dict[str, str]:
     return found
 
 
-def _checked(name: str, task: Any, limit: int | None, greedy: bool) -> int:
+def _checked(name: str, task: Any, limit: int | None, metric: str | None) -> int:
     """How many questions a task asks."""
     kind, label = getattr(task, "OUTPUT_TYPE", None), shown_name(name)
     if kind not in KINDS:
@@ -140,11 +169,17 @@ def _checked(name: str, task: Any, limit: int | None, greedy: bool) -> int:
         raise ValueError(f"--tasks: {label} runs code that a model has written, which is refused")
     if getattr(task, "MULTIMODAL", False):
         raise ValueError(f"--tasks: {label} needs images or sounds; these models read text")
-    if kind == "generate_until" and not greedy:
+    if kind == "generate_until":
         try:
             check_generation(dict(task.config.generation_kwargs or {}), label)
         except ValueError as error:
             raise ValueError(f"--tasks: {error}") from error
+    measured = list(task.aggregation())
+    if metric is not None and kind != "loglikelihood_rolling" and metric not in measured:
+        raise ValueError(
+            f"--metric: {label} measures {', '.join(map(shown_name, measured))}, got "
+            f"{shown_name(metric)}"
+        )
     count = _attempt(name, "has no questions that can be read", lambda: len(task.eval_docs))
     if count == 0:
         raise ValueError(f"--tasks: {label} has no questions")
@@ -167,7 +202,8 @@ def _attempt(name: str, problem: str, action: Callable[[], Result]) -> Result:
     try:
         return action()
     except Exception as error:
-        line = shown_name(" ".join(str(error).split()), 200)
-        raise ValueError(
-            f"--tasks: {shown_name(name)} {problem}: {type(error).__name__}: {line}"
-        ) from error
+        if isinstance(error, StopIteration):  # the harness looks for the first question
+            problem, reason = "has no questions", ""
+        else:
+            reason = f": {type(error).__name__}: {shown_name(' '.join(str(error).split()), 200)}"
+        raise ValueError(f"--tasks: {shown_name(name)} {problem}{reason}") from error
