@@ -10,7 +10,8 @@ from ..model_arguments import add_pair, add_placement
 def add_eval(commands: Any) -> None:
     """Adds ``eval`` to the subcommands of `c2c`."""
     parser = commands.add_parser(
-        "eval", help="benchmarks under every mode and control: does content cross? (extra: eval)"
+        "eval",
+        help="benchmarks under every mode and control: does content cross? (docs/evaluation.md)",
     )
     add_pair(parser)
     parser.add_argument(

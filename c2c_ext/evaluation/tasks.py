@@ -191,7 +191,8 @@ def _checked(name: str, task: Any, limit: int | None, metric: str | None) -> int
         lambda: task.build_all_requests(limit=limit, rank=0, world_size=1),
     )
     if kind != "loglikelihood_rolling" and any(
-        kind != "generate_until" and not str(instance.args[1]) for instance in task.instances
+        kind != "generate_until" and not str(instance.args[1]).strip()
+        for instance in task.instances
     ):
         raise ValueError(f"--tasks: {label} has an answer or option without text")
     return count
