@@ -8,8 +8,9 @@ from c2c_ext.cli import main
 from c2c_ext.evaluation.results import (
     Answers,
     multiplicity,
+    of_first_filter,
     pooled,
-    right_answers,
+    right_or_wrong,
     summarise,
     table,
 )
@@ -20,25 +21,33 @@ def sample(doc: int, filter: str = "none", **metrics: float) -> dict:
     return {"doc_id": doc, "filter": filter, "metrics": list(metrics), **metrics}
 
 
-def test_right_answers_are_in_the_order_of_questions_and_of_the_first_filter() -> None:
+def test_answers_are_in_the_order_of_questions_and_of_the_first_filter() -> None:
     samples = [
         sample(1, "strict", exact_match=0.0),
         sample(0, "strict", exact_match=1.0),
         sample(0, "loose", exact_match=1.0),
         sample(1, "loose", exact_match=1.0),
     ]
-    assert right_answers(samples) == ("exact_match, strict", [True, False])
+    assert of_first_filter(samples) == [samples[1], samples[0]]
+    assert right_or_wrong({"c2c": samples}) == "exact_match"
 
 
-def test_right_answers_prefer_acc_and_take_the_metric_asked_for() -> None:
-    samples = [sample(k, acc_norm=1.0, acc=float(k), loss=0.5) for k in range(2)]
-    assert right_answers(samples) == ("acc", [False, True])
-    assert right_answers(samples, "acc_norm") == ("acc_norm", [True, True])
-    with pytest.raises(ValueError, match="right or wrong by 'loss', only by acc_norm, acc"):
-        right_answers(samples, "loss")
-    assert right_answers([sample(0, word_perplexity=2.5)]) is None
-    assert right_answers([sample(0, word_perplexity=2.5)], "acc") is None
-    assert right_answers([]) is None
+def test_right_or_wrong_prefers_acc_and_takes_the_metric_asked_for() -> None:
+    samples = {"c2c": [sample(k, acc_norm=1.0, acc=float(k), loss=0.5) for k in range(2)]}
+    assert right_or_wrong(samples) == "acc"
+    assert right_or_wrong(samples, "acc_norm") == "acc_norm"
+    assert right_or_wrong(samples, "loss") is None
+    assert right_or_wrong({"c2c": [sample(0, word_perplexity=2.5)]}) is None
+
+
+def test_a_metric_is_right_or_wrong_in_all_modes_or_in_none() -> None:
+    """F1 happens to be 0 or 1 where every answer of a mode is all right or all wrong."""
+    samples = {
+        "receiver": [sample(0, f1=0.0, em=0.0), sample(1, f1=1.0, em=1.0)],
+        "c2c": [sample(0, f1=0.5, em=0.0), sample(1, f1=1.0, em=1.0)],
+    }
+    assert right_or_wrong(samples) == "em"
+    assert right_or_wrong(samples, "f1") is None
 
 
 def test_summary_and_table_show_counts_intervals_and_the_verdict() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,15 @@ from ..messages import shown_name
 from .latency import Stopwatch, latency, latency_table
 from .modes import MODES
 from .readers import EvaluationPair
-from .results import Answers, multiplicity, pooled, right_answers, summarise, table
+from .results import (
+    Answers,
+    multiplicity,
+    of_first_filter,
+    pooled,
+    right_or_wrong,
+    summarise,
+    table,
+)
 from .text_to_text import T2T_PROMPT, Wording
 
 POOL = "all tasks"
@@ -56,7 +65,7 @@ def run_eval(
         batch_size: contexts at a time.
         chat_template: ask in the receiver's chat template.
         system: a message before all others.
-        metric: see `right_answers`.
+        metric: see `right_or_wrong`.
         t2t_tokens, t2t_prompt: see `Wording`.
         greedy: see `load_tasks`.
         rolling_block: see `C2CModel`.
@@ -137,7 +146,7 @@ def run_eval(
 
     runs, details = _of_modes(chosen, run)
     results = _results(runs, asked.members, metric)
-    _show(results, details)
+    _show(results, details, metric)
     if target is not None:
         from ..demo.evaluate import write_results
 
@@ -214,7 +223,7 @@ def _results(
     first = next(iter(runs.values()))["samples"]
     tasks = {name: _task(name, runs, metric) for name in first}
     answers = {
-        name: Answers(found["right"], _documents(first[name]))
+        name: Answers(found["right"], [s["doc_hash"] for s in of_first_filter(first[name])])
         for name, found in tasks.items()
         if found["right"] is not None
     }
@@ -234,37 +243,40 @@ def _task(name: str, runs: Mapping[str, Mapping[str, Any]], metric: str | None) 
     own = {
         mode: {
             "aggregates": {
-                key: value
+                key: value if math.isfinite(value) else str(value)  # JSON has no infinity
                 for key, value in run["results"].get(name, {}).items()
                 if isinstance(value, (int, float))
             }
         }
         for mode, run in runs.items()
     }
-    answers = {mode: right_answers(run["samples"][name], metric) for mode, run in runs.items()}
-    if any(answer is None for answer in answers.values()):
+    samples = {mode: run["samples"][name] for mode, run in runs.items()}
+    chosen = right_or_wrong(samples, metric)
+    if chosen is None:
         return {"metric": None, "right": None, "harness": own}
-    right = {mode: answer[1] for mode, answer in answers.items() if answer is not None}
-    (label,) = {answer[0] for answer in answers.values() if answer is not None}
+    answers = {mode: of_first_filter(logged) for mode, logged in samples.items()}
+    right = {mode: [bool(s[chosen]) for s in asked] for mode, asked in answers.items()}
+    filter_name = next(iter(answers.values()))[0]["filter"]
+    label = chosen if filter_name == "none" else f"{chosen}, {filter_name}"
     return {"metric": label, "right": right, "harness": own, **summarise(right)}
 
 
-def _documents(samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What tells a task's questions from each other, in the order of `right_answers`."""
-    chosen = [s for s in samples if s["filter"] == samples[0]["filter"]]
-    return [s["doc_hash"] for s in sorted(chosen, key=lambda s: s["doc_id"])]
-
-
-def _show(results: Mapping[str, Any], details: Mapping[str, Mapping[str, Any]]) -> None:
+def _show(
+    results: Mapping[str, Any], details: Mapping[str, Mapping[str, Any]], metric: str | None
+) -> None:
     for name, found in results["tasks"].items():
         if found["right"] is None:
             values = {mode: row["aggregates"] for mode, row in found["harness"].items()}
-            print(f"{name}: no answers that are right or wrong; {values}\n")
+            by = "" if metric is None else f" by {shown_name(metric)}"
+            print(f"{shown_name(name)}: no answers that are right or wrong{by}; {values}\n")
         else:
-            print(table(name, found["metric"], found), end="\n\n")
+            print(table(shown_name(name), shown_name(found["metric"]), found), end="\n\n")
     for pool, found in results["pooled"].items():
         left_out = f", {found['repeated']} repeated questions left out" if found["repeated"] else ""
-        print(table(pool, f"{len(found['tasks'])} tasks pooled{left_out}", found), end="\n\n")
+        print(
+            table(shown_name(pool), f"{len(found['tasks'])} tasks pooled{left_out}", found),
+            end="\n\n",
+        )
     if results["multiplicity"]:
-        print(results["multiplicity"]["line"], end="\n\n")
+        print(shown_name(results["multiplicity"]["line"], 4000), end="\n\n")
     print(latency_table(details), end="\n\n")
