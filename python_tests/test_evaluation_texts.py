@@ -221,6 +221,16 @@ def test_rolling_blocks_cover_the_text_in_the_tokens_of_who_scores(size, pair, t
         assert score("c2c", pair, [later]) != score("receiver", pair, [later])
 
 
+def test_blocks_of_a_text_too_long_for_the_sharer_keep_what_is_just_before_them() -> None:
+    text = " ".join(CONTEXTS)
+    letters = letter_tokenizer()(text)["input_ids"]
+    blocks = make_texts(sharer=6).blocks("c2c", text, 3, 0)
+    for block in blocks[1:]:
+        read = sum(len(word) for word in text.split()[: len(block.context) - 1])
+        assert list(block.sharer.context) == letters[read - 6 : read]
+        assert block.sharer.token_map[-1] == 5
+
+
 def test_a_refused_system_message_goes_in_front_of_the_users_first() -> None:
     tokenizers = {
         "receiver": word_tokenizer(chat_template=NO_SYSTEM + CHAT_TEMPLATE),

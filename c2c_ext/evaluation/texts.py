@@ -179,8 +179,9 @@ class Texts:
             context = tuple(ids[:start][-kept:])
             sharer = None
             if other:
-                lost = start - len(context)
-                sharer = self._sharer_text(other, (), token_map[lost:start], self.limits["sharer"])
+                places = token_map[start - len(context) : start]
+                read = other[: max(max(places), 0) + 1]  # before the block
+                sharer = self._sharer_text(read, (), places, self.limits["sharer"])
             items.append(Item(context, block, group, document, sharer))
         return items
 
