@@ -277,3 +277,30 @@ def test_an_end_that_a_tokenizer_puts_behind_is_no_part_of_a_context() -> None:
     assert words.convert_ids_to_tokens(item.continuation) == ["w3"]
     asked = texts.item("w1 w2", None, group=0, document=0)
     assert words.convert_ids_to_tokens(asked.context) == ["<s>", "w1", "w2"]
+
+
+@pytest.mark.parametrize("other", [word_tokenizer, letter_tokenizer])
+def test_a_rendered_conversation_gets_no_second_beginning(other) -> None:
+    from tokenizers import processors
+
+    tokenizers = {
+        "receiver": word_tokenizer(chat_template=CHAT_TEMPLATE.removeprefix("<s>")),
+        "sharer": other(chat_template=CHAT_TEMPLATE.removeprefix("<s>")),
+    }
+    for tokenizer in tokenizers.values():
+        first = [("<s>", tokenizer.bos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=first
+        )
+    texts = Texts(tokenizers, UNBOUND)
+    begin, user = (tokenizers["receiver"].convert_tokens_to_ids(t) for t in ("<s>", "<user>"))
+    rendered = texts.chat(turns("w1 w2"))
+    for context, token in ((rendered, user), ("w1 w2", begin)):
+        item = texts.item(context, " w3", group=0, document=0)
+        assert item.context[0] == token and begin not in item.context[1:]
+        if item.sharer is not None:
+            assert item.sharer.context[0] == token and begin not in item.sharer.context[1:]
+            assert item.sharer.token_map[0] == -1  # what stands before the content
+    prompt = texts.asked_of_sharer("w1 w2", rendered)
+    assert prompt[0] == user and begin not in prompt
+    assert texts.asked_of_sharer("w1 w2", "plain")[0] == begin
