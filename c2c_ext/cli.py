@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .analysis.arguments import add_analyze
 from .evaluation.options import add_eval
+from .model_arguments import add_pair, add_placement
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -279,10 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_chat_options(chat: argparse.ArgumentParser) -> None:
-    for side in ("receiver", "sharer", "fuser"):
-        chat.add_argument(
-            f"--{side}", metavar="DIR", help=f"the {side}: a directory or a Hub name (shipped pair)"
-        )
+    add_pair(chat)
     chat.add_argument("--max-new-tokens", metavar="N", type=int, help="of an answer (256)")
     chat.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0 (default): greedy"
@@ -294,13 +292,7 @@ def _add_chat_options(chat: argparse.ArgumentParser) -> None:
         "--t2t-prompt", metavar="TEXT", help="what it is asked for, with {question} in it"
     )
     chat.add_argument("--system", metavar="TEXT", default="", help="a system message")
-    chat.add_argument(
-        "--dtype",
-        choices=("auto", "bf16", "fp16", "fp32"),
-        default="auto",
-        help="of both models (auto: as stored)",
-    )
-    chat.add_argument("--device", metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1 ...")
+    add_placement(chat)
 
 
 if __name__ == "__main__":

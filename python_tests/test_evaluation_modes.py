@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from c2c_ext import fuse
 from c2c_ext.evaluation import modes
-from c2c_ext.evaluation.modes import Item, generate, mismatched_contexts, score
+from c2c_ext.evaluation.modes import Item, generate, mismatched_items, score
 from c2c_ext.evaluation.readers import CONTROLS, EvaluationPair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,7 +58,7 @@ def plain_models(mode: str, pair: EvaluationPair, item: Item):
             fuser = pair.identical_fuser if mode == "identical" else pair.fuser
             token_map = None
             if mode == "mismatched":
-                other = mismatched_contexts(ITEMS)[ITEMS.index(item)][:-1]
+                other = mismatched_items(ITEMS)[ITEMS.index(item)].context[:-1]
                 shared = plain_cache(source, other)
                 far = [
                     round(k * (len(other) - 1) / max(len(prefix) - 1, 1) + 1e-9)
@@ -158,7 +158,7 @@ def test_noise_has_the_norms_of_the_cache_and_is_the_same_in_any_batch(pair) -> 
 
 
 def test_mismatched_contexts_are_another_questions_of_like_length() -> None:
-    others = mismatched_contexts(ITEMS)
+    others = [item.context for item in mismatched_items(ITEMS)]
     by_context = {item.context: item.group for item in ITEMS}
     for item, other in zip(ITEMS, others, strict=True):
         assert (by_context[other] == item.group) == (len(item.context) == 1)
@@ -169,9 +169,9 @@ def test_mismatched_contexts_are_another_questions_of_like_length() -> None:
 
 def test_mismatched_contexts_never_are_another_option_of_the_same_question() -> None:
     items = [Item((1, 2, 3), (4,), 0), Item((1, 2, 5), (4,), 0), Item((9,) * 8, (4,), 1)]
-    assert mismatched_contexts(items)[:2] == [(9,) * 8] * 2
+    assert [item.context for item in mismatched_items(items)[:2]] == [(9,) * 8] * 2
     with pytest.raises(ValueError, match="needs questions with different contexts, got 2"):
-        mismatched_contexts(items[:2])
+        mismatched_items(items[:2])
     with pytest.raises(ValueError, match="got 1 different context in all"):
         score("mismatched", EvaluationPair(None, None, None), items[:1])
 
@@ -215,7 +215,7 @@ def test_generation_ends_where_it_is_told_to(pair: EvaluationPair) -> None:
         f.ids[:limit] for f, limit in zip(whole, limits, strict=True)
     ]
     ends = [f.ids[1] for f in whole]
-    stopped = generate("c2c", pair, ITEMS[:4], 6, stop=lambda k, ids: ids[-1] == ends[k])
+    stopped = generate("c2c", pair, ITEMS[:4], 6, stop=lambda side, k, ids: ids[-1] == ends[k])
     for found, full, end in zip(stopped, whole, ends, strict=True):
         assert found.ids == full.ids[: full.ids.index(end) + 1]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from c2c_ext.evaluation.statistics import compare, mcnemar, verdict, wilson_interval
+from c2c_ext.evaluation.statistics import compare, holm, mcnemar, verdict, wilson_interval
 
 
 def answers(right: int, count: int = 40) -> list[bool]:
@@ -102,3 +102,23 @@ def test_verdict_at_the_level_follows_the_p_value() -> None:
 def test_verdict_needs_receiver_and_mismatched_cache() -> None:
     with pytest.raises(ValueError, match="needs the answers of mismatched"):
         verdict({"c2c": answers(3), "receiver": answers(1)})
+
+
+def test_a_verdicts_p_is_its_worst_tests() -> None:
+    right = {"c2c": answers(6), "receiver": answers(0), "mismatched": answers(1)}
+    assert verdict(right).p == 2 / 32  # 5 : 0 against the mismatched
+    assert verdict({**right, "receiver": answers(7)}).p == 1.0  # worse, whatever the test says
+
+
+@pytest.mark.parametrize(
+    "p, rejected",
+    [
+        ({}, []),
+        ({"a": 0.04}, ["a"]),
+        ({"a": 0.04, "b": 0.03}, []),  # 0.03 is not below 0.05 / 2
+        ({"a": 0.04, "b": 0.02}, ["b", "a"]),  # 0.02 is, and 0.04 is below 0.05
+        ({"a": 0.9, "b": 0.001, "c": 0.026}, ["b"]),  # 0.026 is not below 0.05 / 2
+    ],
+)
+def test_holm_rejects_from_the_smallest_on(p, rejected) -> None:
+    assert holm(p) == rejected

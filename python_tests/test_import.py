@@ -5,7 +5,10 @@ import sys
 
 import c2c_ext
 
-EXTRAS = ("rich", "accelerate", "peft", "datasets", "huggingface_hub.cli", "matplotlib", "gradio")
+EXTRAS = (
+    *("rich", "accelerate", "peft", "datasets", "huggingface_hub.cli", "matplotlib", "gradio"),
+    "lm_eval",
+)
 BUILD_ONLY = ("pybind11", "ninja", "cmake", "setuptools", "pytest")
 CORE = """
 import sys
@@ -14,6 +17,7 @@ for name in {blocked!r}:
 import c2c_ext, torch
 from c2c_ext import cli, generation, info, published, reference, serialization
 from c2c_ext.demo import command
+from c2c_ext.evaluation import command, modes, texts
 from c2c_ext.model_kv import KVShape, ModelKV
 shape = ModelKV("", "", (KVShape(1, 4),))
 fuser = c2c_ext.Fuser(c2c_ext.FuserConfig(shape, shape, (0,), 8, 8))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..model_arguments import add_pair, add_placement
+
 ANALYSES = {
     "rank": "effective rank of keys and values per layer",
     "weights": "gates and mean dynamic weights per layer and head",
@@ -24,10 +26,7 @@ def add_analyze(commands: Any) -> None:
         epilog="\n".join(f"{name:10} {what}" for name, what in ANALYSES.items()),
     )
     analyze.add_argument("what", choices=tuple(ANALYSES), help="see below")
-    for side in ("receiver", "sharer", "fuser"):
-        analyze.add_argument(
-            f"--{side}", metavar="DIR", help=f"the {side}: a directory or a Hub name (shipped pair)"
-        )
+    add_pair(analyze)
     analyze.add_argument(
         "--questions", metavar="FILE", help="conversations as for c2c train; with your own models"
     )
@@ -51,12 +50,6 @@ def add_analyze(commands: Any) -> None:
     analyze.add_argument(
         "--t2t-prompt", metavar="TEXT", help="solved: what it is asked for, with {question} in it"
     )
-    analyze.add_argument(
-        "--dtype",
-        choices=("auto", "bf16", "fp16", "fp32"),
-        default="auto",
-        help="of both models (auto: as stored)",
-    )
-    analyze.add_argument("--device", metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1 ...")
+    add_placement(analyze)
     analyze.add_argument("--json", metavar="FILE", help="also write rows and environment there")
     analyze.add_argument("--svg", metavar="FILE", help="also draw them there")

@@ -6,43 +6,106 @@ Importing this module registers it; it needs the extra ``eval``.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from transformers import PreTrainedTokenizerBase
 
 from ..chat.models import ChatModels, load_models
-from ..chat.prompts import have_same_tokens
+from ..chat.prompts import SIDES, have_same_tokens
 from ..fuser import Fuser
+from ..messages import shown
+from ..model_kv import ModelKV
 from ..position_limit import limit_of
 from .modes import MODES, Item, generate, score
 from .readers import EvaluationPair
-from .text_to_text import Wording, write
+from .text_to_text import T2T_PROMPT, T2T_TOKENS, Wording, write
+from .texts import Texts
 
-MAX_LENGTH = 2048  # where neither model has a bound
 ROLLING_BLOCK = 64
+HARNESS_DEVICE = "cuda:0"  # what its command says where nobody has named a device, GPU or not
+MAX_GEN_TOKS = 256
+# Names that the harness has for one setting, the one that counts first.
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+# Settings that greedy decoding gives a meaning; with these values others change nothing.
+_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
+
+
+def evaluation_pair(models: ChatModels, identical_fuser: str | None = None) -> EvaluationPair:
+    """The pair that all modes are evaluated with.
+
+    Args:
+        identical_fuser: a directory with a fuser between the receiver and itself.
+
+    Raises:
+        ValueError, OSError: that one cannot be read, or does not fit; names ``--identical-fuser``.
+    """
+    own = None
+    if identical_fuser is not None:
+        try:
+            own = Fuser.from_pretrained(identical_fuser).eval().requires_grad_(False)
+        except (OSError, ValueError) as error:
+            reason = str(error).removeprefix("c2c_ext: ")
+            raise type(error)(f"--identical-fuser: {reason}") from error
+        shapes = ModelKV.from_config(models.receiver.config)
+        if problems := own.config.mismatches(shapes, shapes):
+            raise ValueError(f"--identical-fuser: {problems[0]}")
+        own.to(models.receiver.device)
+    same = have_same_tokens(*(models.tokenizers[side] for side in SIDES))
+    return EvaluationPair(models.receiver, models.sharer, models.fuser, own, same_tokens=same)
+
+
+def check_generation(settings: Mapping[str, Any], task: str) -> None:
+    """Raises ValueError, naming the task, unless its answers may be generated greedily."""
+    drawn = settings.get("do_sample")
+    warm = settings.get("temperature") or 0
+    if drawn is None:
+        drawn = warm != 0  # as the harness takes it
+    if drawn and settings.get("temperature") != 0:
+        raise ValueError(
+            f"task {task}: answers are generated greedily, as a paired test of drawn ones would "
+            "test the draws too, but the task asks for do_sample with temperature "
+            f"{shown(settings.get('temperature', 1))}; --greedy decodes it greedily all the same"
+        )
+    for name, neutral in _NEUTRAL.items():
+        if settings.get(name) not in (None, neutral):
+            raise ValueError(
+                f"task {task}: {name} must be {neutral}, as answers are generated greedily, got "
+                f"{shown(settings[name])}"
+            )
+    limit = _new_tokens(settings)
+    if type(limit) is not int or limit < 1:
+        raise ValueError(f"task {task}: max_gen_toks must be at least 1, got {shown(limit)}")
+
+
+def _new_tokens(settings: Mapping[str, Any], default: int = MAX_GEN_TOKS) -> Any:
+    return next((settings[name] for name in _LIMITS if settings.get(name) is not None), default)
 
 
 @register_model("c2c")
 class C2CModel(LM):
     """One mode of a pair as a model of the harness.
 
-    Both models must have one vocabulary: they read the same token ids. What is too long loses the
-    beginning of its context, as usual in the harness (`truncated` counts such requests).
+    What each model reads, also where their vocabularies differ, is `Texts`'. What is too long loses
+    the beginning of its context, as usual in the harness (`truncated` counts such requests).
 
     Args:
         receiver, sharer, fuser, dtype, device: see `load_models`.
         mode: one of `MODES`.
         identical_fuser: a directory; see `EvaluationPair`.
         batch_size: contexts at a time, at least 1.
-        wording: of ``"t2t"``.
+        wording: of ``"t2t"``; None: the usual one, with t2t_tokens and t2t_prompt.
+        t2t_tokens, t2t_prompt: see `Wording`.
         max_gen_toks: of an answer, where the task does not say.
         rolling_block: rolling log-likelihoods are those of so many tokens at a time, each block
             after all earlier text: what a mode fuses is the text before a block. The first block
             has nothing before it, and is the receiver's own.
         loaded: models that are loaded already, in place of their places.
+        pair: they with what they are evaluated with; None: `evaluation_pair` of them.
 
     Raises:
         ValueError, OSError: an argument, file or pair breaks a rule; names it.
@@ -61,13 +124,18 @@ class C2CModel(LM):
         batch_size: int | str | None = 8,
         max_batch_size: int | None = None,
         wording: Wording | None = None,
-        max_gen_toks: int = 256,
+        t2t_tokens: int = T2T_TOKENS,
+        t2t_prompt: str = T2T_PROMPT,
+        max_gen_toks: int = MAX_GEN_TOKS,
         rolling_block: int = ROLLING_BLOCK,
         loaded: ChatModels | None = None,
+        pair: EvaluationPair | None = None,
     ) -> None:
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if not str(8 if batch_size is None else batch_size).isdecimal():
+            raise ValueError(f"batch_size must be a number, got {shown(batch_size)}")
         self.batch_size = 8 if batch_size is None else int(batch_size)
         for name, value in (
             ("batch_size", self.batch_size),
@@ -76,30 +144,27 @@ class C2CModel(LM):
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if device == HARNESS_DEVICE and not torch.cuda.is_available():
+            device = None
         models = loaded or load_models(
             receiver, sharer, fuser, dtype=dtype, device=device or "auto"
         )
-        if not have_same_tokens(*(models.tokenizers[side] for side in ("receiver", "sharer"))):
-            raise ValueError(
-                "evaluation needs two models that read the same token ids; these tokenizers differ"
-            )
-        own = None
-        if identical_fuser is not None:
-            own = Fuser.from_pretrained(identical_fuser).eval().requires_grad_(False)
-            own.to(models.receiver.device)
-        self.pair = EvaluationPair(models.receiver, models.sharer, models.fuser, own)
-        if mode == "identical":
-            self.pair.fuser_of(mode)  # before any question has been answered
-        self.tokenizers = models.tokenizers
+        self.pair = pair or evaluation_pair(models, identical_fuser)
+        self.pair.check(mode)  # before any question has been answered
+        limits = {side: limit_of(getattr(models, side)) for side in SIDES}
+        self.texts = Texts(models.tokenizers, limits)
         self.tokenizer: PreTrainedTokenizerBase = models.tokenizers["receiver"]
-        self.mode, self.wording = mode, wording or Wording()
+        self.mode = mode
+        self.wording = wording or Wording(prompt=t2t_prompt, tokens=int(t2t_tokens))
         self.max_gen_toks, self.rolling_block = max_gen_toks, rolling_block
-        limits = [limit_of(models.receiver), limit_of(models.sharer)]
-        self.max_length = min([limit for limit in limits if limit is not None], default=MAX_LENGTH)
         self._device = models.receiver.device
-        self._chats: dict[str, list[dict[str, str]]] = {}
-        self.truncated = 0
         self.written: list[int] = []  # tokens that the sharer wrote, a text each
+        self.answered = 0  # tokens of answers that were generated
+
+    @property
+    def truncated(self) -> int:
+        """Contexts that were too long."""
+        return self.texts.truncated
 
     @property
     def tokenizer_name(self) -> str:
@@ -116,27 +181,20 @@ class C2CModel(LM):
         """See `LM.apply_chat_template`.
 
         Raises:
-            ValueError: the receiver has no template.
+            ValueError: no template, or one that refuses the messages.
         """
-        text = self._render("receiver", chat_history, add_generation_prompt)
-        self._chats[text] = [dict(message) for message in chat_history]
-        return text
+        return self.texts.chat(chat_history, add_generation_prompt)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """See `LM.loglikelihood`."""
-        contexts = self._contexts(requests)
         items = []
-        for request, context in zip(requests, contexts, strict=True):
-            start, rest = self._split(context, request.args[1])
-            document = _document(request)
-            group = (document, bool(context))  # apart from the options without their question
-            items.append(Item(self._cut(start, len(rest)), tuple(rest), group, document))
-        mode = "receiver" if self.mode == "t2t" else self.mode
-        return [
-            (s.log_likelihood, s.greedy) for s in score(mode, self.pair, items, self.batch_size)
-        ]
+        for request, context in zip(requests, self._contexts(requests), strict=True):
+            group = (_document(request), bool(context))  # apart from options without a question
+            items.append(self._item(request, context, request.args[1], group=group))
+        scores = score(self._reading_mode, self.pair, items, self.batch_size)
+        return [(s.log_likelihood, s.greedy) for s in scores]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -144,20 +202,17 @@ class C2CModel(LM):
         """See `LM.loglikelihood_rolling`, and ``rolling_block`` above.
 
         Raises:
-            ValueError: in mode t2t, which has no question to write about.
+            ValueError: in a mode that has none, see `rolling_refusal`.
         """
-        if self.mode == "t2t":
-            raise ValueError("t2t: a rolling log-likelihood has no question to write about")
-        size = min(self.rolling_block, self.max_length)
+        if refused := rolling_refusal(self.mode, self.pair):
+            raise ValueError(refused)
         items, owner = [], []
         for k, request in enumerate(requests):
-            ids = [self._first(), *self._encode(request.args[0], special=False)]
-            for start in range(1, len(ids), size):
-                block = tuple(ids[start : start + size])
-                context = tuple(ids[:start][-max(self.max_length - len(block), 1) :])
-                document = _document(request)
-                items.append(Item(context, block, (document, start), document))
-                owner.append(k)
+            blocks = self.texts.blocks(
+                self.mode, request.args[0], self.rolling_block, _document(request)
+            )
+            items += blocks
+            owner += [k] * len(blocks)
         totals = [0.0] * len(requests)
         scores = score(self.mode, self.pair, items, self.batch_size)
         for k, part in zip(owner, scores, strict=True):
@@ -168,38 +223,44 @@ class C2CModel(LM):
         """See `LM.generate_until`; greedy.
 
         Raises:
-            ValueError: a task that asks for sampling.
+            ValueError: a task that asks for something else, see `check_generation`.
         """
         stops, limits, items = [], [], []
-        for request, context in zip(requests, self._contexts(requests), strict=True):
+        contexts = self._contexts(requests)
+        for request, context in zip(requests, contexts, strict=True):
             settings = dict(request.args[1])
-            if settings.get("do_sample") and settings.get("temperature") != 0:
-                raise ValueError(
-                    f"task {request.task_name}: answers are generated greedily, but the task asks "
-                    "for do_sample"
-                )
+            check_generation(settings, request.task_name)
             until = settings.get("until") or []
             stops.append([until] if isinstance(until, str) else list(until))
-            limits.append(min(int(settings.get("max_gen_toks", self.max_gen_toks)), self._room()))
-            ids = self._encode(context) or [self._first()]
-            document = _document(request)
-            items.append(Item(self._cut(ids, limits[-1]), (), document, document))
-        ends = self._ends("receiver")
-        if self.mode in ("sharer", "routing", "ensemble"):
-            ends |= self._ends("sharer")
+            limits.append(min(_new_tokens(settings, self.max_gen_toks), self.texts.room))
+            group = _document(request)
+            items.append(self._item(request, context, None, group=group, new=limits[-1]))
+        ends = {side: self._ends(side) for side in SIDES}
+        if self.pair.same_tokens and self.mode in ("sharer", "routing", "ensemble"):
+            ends = dict.fromkeys(SIDES, ends["receiver"] | ends["sharer"])
 
-        def done(k: int, ids: list[int]) -> bool:
-            return ids[-1] in ends or any(s and s in self._text(ids) for s in stops[k])
+        def done(side: str, k: int, ids: list[int]) -> bool:
+            if ids[-1] in ends[side]:
+                return True
+            return any(s and s in self.texts.decode(side, ids) for s in stops[k])
 
-        mode = "receiver" if self.mode == "t2t" else self.mode
-        said = generate(mode, self.pair, items, limits, stop=done, batch_size=self.batch_size)
+        said = generate(
+            self._reading_mode, self.pair, items, limits, stop=done, batch_size=self.batch_size
+        )
+        self.answered += sum(len(answer.ids) for answer in said)
         texts = []
         for answer, until in zip(said, stops, strict=True):
-            text = self._text([token for token in answer.ids if token not in ends])
+            ids = [token for token in answer.ids if token not in ends[answer.side]]
+            text = self.texts.decode(answer.side, ids)
             for stop in filter(None, until):
                 text = text.partition(stop)[0]
             texts.append(text)
         return texts
+
+    @property
+    def _reading_mode(self) -> str:
+        """After the sharer has written, the receiver reads alone."""
+        return "receiver" if self.mode == "t2t" else self.mode
 
     def _contexts(self, requests: Sequence[Instance]) -> list[str]:
         """What the receiver reads before each answer: in mode t2t with the sharer's text."""
@@ -212,107 +273,47 @@ class C2CModel(LM):
             if isinstance(request.args[1], str) and request.args[1] not in found:
                 found.append(request.args[1])
         asked = [key for key in options if key[1]]  # without a question there is nothing to write
+        tokens = min(self.wording.tokens, self.texts.room)
         prompts = []
         for key in asked:
-            question = self._question(key[1])
             listed = options[key] if len(options[key]) > 1 else []
-            ids = self._asked(self.wording.asked(question, listed))
-            prompts.append(self._cut(ids, min(self.wording.tokens, self._room())))
-        tokens = min(self.wording.tokens, self._room())
+            prompt = self.wording.asked(self.texts.question(key[1]), listed)
+            ids = self.texts.asked_of_sharer(prompt, key[1])
+            prompts.append(self.texts.cut("sharer", ids, tokens))
         ends = sorted(self._ends("sharer"))
-        texts = write(self.pair, prompts, tokens, ends=ends, batch_size=self.batch_size)
-        self.written += [len(text) for text in texts]
-        read = {
-            key: self._reading(key[1], self._text(text))
-            for key, text in zip(asked, texts, strict=True)
-        }
+        said = write(self.pair, prompts, tokens, ends=ends, batch_size=self.batch_size)
+        self.written += [len(ids) for ids in said]
+        read = {}
+        for key, ids in zip(asked, said, strict=True):
+            text = self.texts.decode("sharer", ids)
+            reading = self.wording.read(text, self.texts.question(key[1]))
+            read[key] = self.texts.with_question(key[1], reading)
         keys = [(_document(request), request.args[0]) for request in requests]
         return [read.get(key, key[1]) for key in keys]
 
-    def _question(self, context: str) -> str:
-        """The last user message of a rendered conversation, or the plain context."""
-        users = [m["content"] for m in self._chats.get(context, []) if m["role"] == "user"]
-        return users[-1] if users else context
-
-    def _reading(self, context: str, text: str) -> str:
-        chat = self._chats.get(context)
-        filled = self.wording.read(text, self._question(context))
-        if chat is None:
-            return filled
-        last = max(k for k, message in enumerate(chat) if message["role"] == "user")
-        chat = [*chat[:last], {**chat[last], "content": filled}, *chat[last + 1 :]]
-        return self._render("receiver", chat, chat[-1]["role"] != "assistant")
-
-    def _asked(self, prompt: str) -> list[int]:
-        """Token ids of what the sharer is asked for, as a conversation where the task is one."""
-        if self._chats and self.tokenizers["sharer"].chat_template:
-            prompt = self._render("sharer", [{"role": "user", "content": prompt}], True)
-        return self._encode(prompt)
-
-    def _render(self, side: str, chat: list[dict[str, str]], generation: bool) -> str:
-        tokenizer = self.tokenizers[side]
-        if not tokenizer.chat_template:
-            raise ValueError(f"the {side} has no chat template")
-        return tokenizer.apply_chat_template(
-            chat,
-            tokenize=False,
-            add_generation_prompt=generation,
-            continue_final_message=not generation,
-        )
-
-    def _encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids; a text that a chat template made, or that begins with BOS, has its own."""
-        bos = self.tokenizer.bos_token
-        if self._chats or (bos and text.startswith(bos)):
-            special = False
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-
-    def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of both, cut where the tokens of the context end in those of the whole."""
-        if not context:
-            rest = self._encode(continuation, special=False)
-            first = self._first()
-            start, rest = ([first], rest) if rest[:1] != [first] else (rest[:1], rest[1:])
-        else:
-            bare = context.rstrip()  # spaces belong to the word that follows
-            start = self._encode(bare)
-            rest = self._encode(bare + context[len(bare) :] + continuation)[len(start) :]
-            # One word of both, as chat templates join them before some tokenizers: cut it here.
-            rest = rest or self._encode(continuation, special=False)
-        if not rest or not start:
-            raise ValueError(f"a request makes no tokens: {context!r} and {continuation!r}"[:300])
-        return start, rest
-
-    def _cut(self, ids: Sequence[int], more: int) -> tuple[int, ...]:
-        """The end of a context that leaves room for ``more`` tokens."""
-        room = self.max_length - more
-        if room < 1:
-            raise ValueError(
-                f"an answer of {more} tokens leaves no room for its question: the models were made "
-                f"for {self.max_length}"
-            )
-        self.truncated += len(ids) > room
-        return tuple(ids[-room:])
-
-    def _room(self) -> int:
-        """Tokens that may be generated at most: half of what the models were made for."""
-        return max(self.max_length // 2, 1)
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
-
-    def _first(self) -> int:
-        """The token that stands before a text without context."""
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        raise ValueError("the receiver's tokenizer has neither BOS nor EOS to begin a text with")
+    def _item(self, request: Instance, *read: str | None, **settings: Any) -> Item:
+        try:
+            return self.texts.item(*read, document=_document(request), **settings)
+        except ValueError as error:
+            raise ValueError(f"task {request.task_name}: {error}") from error
 
     def _ends(self, side: str) -> set[int]:
         config = getattr(self.pair, side).generation_config
         ends = None if config is None else config.eos_token_id
         found = set(ends if isinstance(ends, (list, tuple)) else [ends])
-        return (found | {self.tokenizers[side].eos_token_id}) - {None}
+        return (found | {self.texts.tokenizers[side].eos_token_id}) - {None}
+
+
+def rolling_refusal(mode: str, pair: EvaluationPair) -> str | None:
+    """Why a mode has no rolling log-likelihood; None: it has one."""
+    if mode == "t2t":
+        return "t2t: a rolling log-likelihood has no question to write about"
+    if mode == "routing" and not pair.same_tokens:
+        return (
+            "routing: a rolling log-likelihood is of blocks of tokens, which two vocabularies cut "
+            "differently"
+        )
+    return None
 
 
 def _document(request: Instance) -> Hashable:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..model_arguments import add_pair, add_placement
+
 
 def add_eval(commands: Any) -> None:
     """Adds ``eval`` to the subcommands of `c2c`."""
     parser = commands.add_parser(
-        "eval", help="benchmarks under every mode and control: does content cross? (extra: eval)"
+        "eval",
+        help="benchmarks under every mode and control: does content cross? (docs/evaluation.md)",
     )
-    for side in ("receiver", "sharer", "fuser"):
-        parser.add_argument(
-            f"--{side}", metavar="DIR", help=f"the {side}: a directory or a Hub name (shipped pair)"
-        )
+    add_pair(parser)
     parser.add_argument(
         "--identical-fuser", metavar="DIR", help="between the receiver and itself (control)"
     )
@@ -33,6 +33,7 @@ def add_eval(commands: Any) -> None:
     parser.add_argument(
         "--chat-template", action="store_true", help="ask as the receiver's chat template does"
     )
+    parser.add_argument("--system", metavar="TEXT", help="a system message before all others")
     parser.add_argument(
         "--metric", metavar="NAME", help="right or wrong by this (acc, exact_match)"
     )
@@ -43,7 +44,19 @@ def add_eval(commands: Any) -> None:
         "--t2t-prompt", metavar="TEXT", help="what it is asked for, with {question}, {options}"
     )
     parser.add_argument(
-        "--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of both models"
+        "--greedy", action="store_true", help="do not draw answers, also where a task asks for it"
     )
-    parser.add_argument("--device", metavar="DEVICE", default="auto", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument(
+        "--rolling-block",
+        metavar="N",
+        type=int,
+        default=64,
+        help="tokens of a perplexity that are scored at a time, on the fused text before them (64)",
+    )
+    add_placement(parser)
+    parser.add_argument(
+        "--synchronize",
+        action="store_true",
+        help="on a GPU: wait around every part of the latency, which tells them apart",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write all results to this file")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,21 +17,25 @@ from ..fuser import Fuser
 from ..fusion import fuse
 from ..model_kv import ModelKV
 from ..prefill import read_tokens
+from .latency import Stopwatch
 
 Ids = Sequence[int]
 CONTROLS = ("mismatched", "zero", "noise", "identical")
 # Those whose next token comes from one distribution; routing and T2T are made of these.
-READING = ("receiver", "sharer", "ensemble", "c2c", *CONTROLS)
+FUSING = ("c2c", *CONTROLS)
+READING = ("receiver", "sharer", "ensemble", *FUSING)
 
 
 @dataclass
 class EvaluationPair:
-    """What is evaluated: both models in evaluation mode on one device, reading the same token ids.
+    """What is evaluated: both models in evaluation mode on one device.
 
     Attributes:
         identical_fuser: between the receiver and itself, for ``"identical"``; None: ``fuser``,
             where the KV shapes of both models are the same.
         seed: of the noise.
+        same_tokens: whether both read the same token ids.
+        clock: what their work is measured by.
     """
 
     receiver: PreTrainedModel
@@ -39,6 +43,17 @@ class EvaluationPair:
     fuser: Fuser
     identical_fuser: Fuser | None = None
     seed: int = 0
+    same_tokens: bool = True
+    clock: Stopwatch = field(default_factory=Stopwatch, repr=False, compare=False)
+
+    def check(self, mode: str) -> None:
+        """Raises ValueError where this pair does not allow a mode; the message begins with it."""
+        if mode == "ensemble" and not self.same_tokens:
+            raise ValueError(
+                "ensemble: averages the logits of both models, token by token, and these two have "
+                "different vocabularies"
+            )
+        self.fuser_of(mode)
 
     def fuser_of(self, mode: str) -> Fuser:
         """The fuser that a fusing mode uses.
@@ -59,13 +74,28 @@ class EvaluationPair:
         return self.fuser
 
 
+@dataclass(frozen=True)
+class Source:
+    """What is fused with a prefix.
+
+    Attributes:
+        ids: token ids that the sharer reads, at least one.
+        token_map: for every token of the prefix a place in ``ids``, or -1.
+    """
+
+    ids: tuple[int, ...]
+    token_map: tuple[int, ...]
+
+
 @dataclass
 class Reader:
     """A model with what it holds of a batch of prefixes."""
 
+    role: str  # "receiver" or "sharer"
     model: PreTrainedModel
     cache: Any
     mask: Tensor  # int64 [B, N], 0 where a row is padded
+    clock: Stopwatch
 
     def read(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Logits ``[B, T, vocabulary]`` float32 of token ids ``[B, T]`` that follow, kept too.
@@ -76,53 +106,67 @@ class Reader:
         counted = self.mask.sum(1, keepdim=True) + mask.cumsum(1) - 1
         self.mask = torch.cat([self.mask, mask], dim=1)
         named = "position_ids" in inspect.signature(type(self.model).forward).parameters
-        output = self.model(
-            input_ids=ids,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **({"position_ids": counted.clamp(min=0)} if named else {}),
-        )
+        with self.clock.part(f"{self.role}_decode"):
+            output = self.model(
+                input_ids=ids,
+                attention_mask=self.mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                **({"position_ids": counted.clamp(min=0)} if named else {}),
+            )
         self.cache = output.past_key_values
         return output.logits.float()
 
+    def spread(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows, each as often as it is named."""
+        if list(rows) != list(range(len(self.mask))):
+            index = torch.tensor(list(rows), device=self.mask.device)
+            self.mask = self.mask[index]
+            self.cache.batch_select_indices(index)
+
 
 def readers(
-    mode: str, pair: EvaluationPair, prefixes: Sequence[Ids], others: Sequence[Ids] | None = None
+    mode: str,
+    pair: EvaluationPair,
+    prefixes: Sequence[Ids],
+    sources: Sequence[Source] | None = None,
 ) -> list[Reader]:
     """The models of a mode after they have read a batch of prefixes; their logits are averaged.
 
     Args:
         mode: one of `READING`.
         prefixes: token ids of every row, all rows at least one or all rows none.
-        others: what the sharer has read instead, for ``"mismatched"``; at least one token each.
+        sources: what each is fused with, where the mode fuses.
 
     Raises:
         ValueError: an unknown mode, or one that this pair does not allow.
     """
     if mode not in READING:
         raise ValueError(f"unknown mode {mode!r}; there are {', '.join(READING)}")
+    pair.check(mode)
     if mode in ("receiver", "sharer"):
-        return [_prefill(mode, getattr(pair, mode), prefixes)]
+        return [_prefill(mode, pair, prefixes)]
     if mode == "ensemble":
-        return [_prefill(side, getattr(pair, side), prefixes) for side in ("receiver", "sharer")]
-    fuser = pair.fuser_of(mode)
-    receiver = _prefill("receiver", pair.receiver, prefixes)
+        return [_prefill(side, pair, prefixes) for side in ("receiver", "sharer")]
+    receiver = _prefill("receiver", pair, prefixes)
     if not prefixes[0]:
         return [receiver]  # nothing to fuse
-    source = pair.receiver if mode == "identical" else pair.sharer
-    texts = prefixes
-    if mode == "mismatched":
-        if others is None:
-            raise ValueError("mismatched: needs what the sharer reads instead")
-        texts = others
-    shared = _prefill("sharer", source, texts)
+    if sources is None:
+        raise ValueError(f"{mode}: needs what the sharer reads")
+    texts = [source.ids for source in sources]
+    shared = _prefill("sharer", pair, texts, identical=mode == "identical")
     layers = kv_layers(shared.cache, "sharer_cache")
+    with pair.clock.part("transfer"):
+        layers = [tuple(t.to(receiver.mask.device) for t in layer) for layer in layers]
+    bytes_per_token = sum(t[0, :, 0].numel() * t.element_size() for kv in layers for t in kv)
+    pair.clock.count("transfer_bytes", bytes_per_token * sum(map(len, texts)))
     if mode == "zero":
         layers = [(torch.zeros_like(key), torch.zeros_like(value)) for key, value in layers]
     elif mode == "noise":
         layers = _noise(layers, texts, pair.seed)
-    fuse(receiver.cache, layers, fuser, token_map=_token_map(prefixes, texts), inplace=True)
+    token_map = _token_map(sources)
+    with pair.clock.part("fusing"):
+        fuse(receiver.cache, layers, pair.fuser_of(mode), token_map=token_map, inplace=True)
     return [receiver]
 
 
@@ -145,29 +189,30 @@ def padded(rows: Sequence[Ids], side: str) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _prefill(role: str, model: PreTrainedModel, rows: Sequence[Ids]) -> Reader:
+def _prefill(
+    role: str, pair: EvaluationPair, rows: Sequence[Ids], *, identical: bool = False
+) -> Reader:
+    """A model's reading of a batch; the receiver's in the sharer's place where ``identical``."""
+    model = getattr(pair, "receiver" if identical else role)
     ids, mask = (t.to(model.device) for t in padded(rows, "left"))
     if ids.shape[1] == 0:
         from transformers import DynamicCache
 
-        return Reader(model, DynamicCache(), mask)
+        return Reader(role, model, DynamicCache(), mask, pair.clock)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = read_tokens(role, model, ids, position_ids=positions, mask=mask)
-    return Reader(model, cache, mask)
+    with pair.clock.part(f"{role}_prefill"):
+        cache = read_tokens(role, model, ids, position_ids=positions, mask=mask)
+    return Reader(role, model, cache, mask, pair.clock)
 
 
-def _token_map(prefixes: Sequence[Ids], texts: Sequence[Ids]) -> Tensor:
-    """int64 ``[B, N]``: the same token of the sharer's text, padding -1.
-
-    A text of another length is met in proportion, first to first and last to last, so that every
-    token of the receiver is fused with a real one of it.
-    """
-    width, held = (max(map(len, rows)) for rows in (prefixes, texts))
-    token_map = torch.full((len(prefixes), width), -1)
-    for k, (own, other) in enumerate(zip(prefixes, texts, strict=True)):
-        steps, reach = max(len(own) - 1, 1), len(other) - 1
-        place = (2 * torch.arange(len(own)) * reach + steps) // (2 * steps)
-        token_map[k, width - len(own) :] = held - len(other) + place
+def _token_map(sources: Sequence[Source]) -> Tensor:
+    """int64 ``[B, N]``: columns of the sharer's left-padded rows; a prefix's padding is -1."""
+    width = max(len(source.token_map) for source in sources)
+    held = max(len(source.ids) for source in sources)
+    token_map = torch.full((len(sources), width), -1)
+    for k, source in enumerate(sources):
+        places, moved = torch.tensor(source.token_map), held - len(source.ids)
+        token_map[k, width - len(places) :] = torch.where(places < 0, -1, places + moved)
     return token_map
 
 
@@ -196,10 +241,12 @@ def in_batches(
 ) -> None:
     """Calls ``run`` with the places of at most ``size`` rows of like length, longest first.
 
+    Equal rows are neighbours.
+
     Args:
         split: rows of at most so many tokens are in batches of their own.
     """
-    order = sorted(range(len(rows)), key=lambda k: -len(rows[k]))
+    order = sorted(range(len(rows)), key=lambda k: (-len(rows[k]), tuple(rows[k])))
     for part in (
         [k for k in order if len(rows[k]) > split],
         [k for k in order if len(rows[k]) <= split],

@@ -99,6 +99,7 @@ class Verdict:
 
     transferred: bool
     line: str  # for people
+    p: float  # the largest of its tests', 1 where C2C is not the better one: that of "no transfer"
 
 
 def verdict(right: Mapping[str, Sequence[bool]], level: float = 0.95) -> Verdict:
@@ -126,15 +127,37 @@ def verdict(right: Mapping[str, Sequence[bool]], level: float = 0.95) -> Verdict
         if mode not in right:
             raise ValueError(f"verdict: needs the answers of {mode}, which were not measured")
     tests = [compare("c2c", mode, right) for mode in BASELINES if mode in right]
+    worst = max(test.p if test.first_only > test.second_only else 1.0 for test in tests)
     failed = [test for test in tests if not test.first_is_better(level)]
     if failed:
         why = "; ".join(
             f"against {test.second} {test.first_only} : {test.second_only} (p = {test.p:.2g})"
             for test in failed
         )
-        return Verdict(False, f"no evidence that content was transferred: {why}")
+        return Verdict(False, f"no evidence that content was transferred: {why}", worst)
     names = ", ".join(test.second for test in tests)
-    worst = max(test.p for test in tests)
     missing = [mode for mode in BASELINES if mode not in right]
     rest = f"; not measured: {', '.join(missing)}" if missing else ""
-    return Verdict(True, f"content transferred: C2C beats {names} (p <= {worst:.2g}{rest})")
+    line = f"content transferred: C2C beats {names} (p <= {worst:.2g}{rest})"
+    return Verdict(True, line, worst)
+
+
+def holm(p: Mapping[str, float], level: float = 0.95) -> list[str]:
+    """Which of several hypotheses are rejected when one false rejection among all is one too many.
+
+    S. Holm (1979): the smallest p-value is held against (1 - level) / their number, the next
+    against (1 - level) / one less, until the first that does not pass. Holds however the tests
+    depend on each other.
+
+    Args:
+        p: by name.
+
+    Returns:
+        names, the smallest p first.
+    """
+    rejected = []
+    for k, name in enumerate(sorted(p, key=lambda name: p[name])):
+        if not p[name] * (len(p) - k) < 1 - level:
+            break
+        rejected.append(name)
+    return rejected

@@ -76,11 +76,17 @@ def write(
     """The token ids that the sharer writes after every prompt, greedily, without the last end.
 
     Args:
+        prompts: token ids of the sharer's, as what it writes.
         tokens: at most so many.
         ends: tokens that end a text.
     """
     items = [Item(tuple(prompt)) for prompt in prompts]
     said = generate(
-        "sharer", pair, items, tokens, stop=lambda _, ids: ids[-1] in ends, batch_size=batch_size
+        "sharer",
+        pair,
+        items,
+        tokens,
+        stop=lambda side, item, ids: ids[-1] in ends,
+        batch_size=batch_size,
     )
     return [s.ids[:-1] if s.ids[-1] in ends else s.ids for s in said]

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,7 +169,7 @@ def test_generation_ends_at_its_stop_and_refuses_sampling(shipped: ChatModels) -
     full = answer(max_gen_toks=4)
     ids = tuple(shipped.tokenizers["receiver"](prompt)["input_ids"])
     pair = EvaluationPair(shipped.receiver, shipped.sharer, shipped.fuser)
-    assert full == model._text(generate("c2c", pair, [Item(ids)], 4)[0].ids)
+    assert full == model.texts.decode("receiver", generate("c2c", pair, [Item(ids)], 4)[0].ids)
     word = full.split()[0]
     assert answer(max_gen_toks=4, until=[word]) == ""
     assert answer(max_gen_toks=1) == word
@@ -183,7 +182,9 @@ def test_t2t_shows_the_sharer_the_options_and_the_receiver_its_text(shipped, mon
     wording = Wording("{question}{options}", "{text} {question}", tokens=2)
     model = C2CModel(loaded=shipped, mode="t2t", wording=wording)
     seen = []
-    monkeypatch.setattr(model, "_asked", lambda text: seen.append(text) or [1, 2, 3])
+    monkeypatch.setattr(
+        model.texts, "asked_of_sharer", lambda text, context: seen.append(text) or [1, 2, 3]
+    )
     asked = [
         Instance("loglikelihood", {}, (row["prompt"], f" {o}"), k, metadata=("t", 0, 1))
         for k, o in enumerate(row["options"])
@@ -192,7 +193,7 @@ def test_t2t_shows_the_sharer_the_options_and_the_receiver_its_text(shipped, mon
     assert seen == [row["prompt"] + "".join(f"\n- {o}" for o in row["options"])]
     assert model.written == [2]
     pair = EvaluationPair(shipped.receiver, shipped.sharer, shipped.fuser)
-    said = model._text(generate("sharer", pair, [Item((1, 2, 3))], 2)[0].ids)
+    said = model.texts.decode("sharer", generate("sharer", pair, [Item((1, 2, 3))], 2)[0].ids)
     own = C2CModel(loaded=shipped, mode="receiver")
     read = [(f"{said} {row['prompt']}", f" {o}") for o in row["options"]]
     assert found == own.loglikelihood(requests("loglikelihood", *read))
@@ -203,9 +204,10 @@ def test_chat_templates_are_the_receivers_and_t2t_rewrites_the_last_message(ship
     prompt = questions(1)[0]["prompt"]
     rendered = model.apply_chat_template([{"role": "user", "content": prompt}])
     assert rendered == f"<bos> {prompt}"
-    assert model._encode(rendered) == [w.BOS, *w.encode(prompt)]
-    assert model._question(rendered) == prompt
-    assert model._reading(rendered, "tea") == f"<bos> tea {prompt}"
+    item = model.texts.item(rendered, None, group=0, document=0)
+    assert list(item.context) == [w.BOS, *w.encode(prompt)]
+    assert model.texts.question(rendered) == prompt
+    assert model.texts.with_question(rendered, f"tea {prompt}") == f"<bos> tea {prompt}"
 
 
 def test_eval_in_a_chat_template_sees_content_cross_too(tasks, tmp_path) -> None:
@@ -223,11 +225,8 @@ def test_bad_arguments_are_refused(shipped: ChatModels, tasks, capsys) -> None:
         C2CModel(loaded=shipped, batch_size=0)
     with pytest.raises(ValueError, match="identical: needs a fuser"):
         C2CModel(loaded=shipped, mode="identical")
-    other = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1})
-    tokenizers = {**shipped.tokenizers, "sharer": other}
-    different = SimpleNamespace(**{**vars(shipped), "tokenizers": tokenizers})
-    with pytest.raises(ValueError, match="read the same token ids; these tokenizers differ"):
-        C2CModel(loaded=different)
+    with pytest.raises(ValueError, match="batch_size must be a number, got 'auto'"):
+        C2CModel(loaded=shipped, batch_size="auto")
     model = C2CModel(loaded=shipped, mode="t2t")
     with pytest.raises(ValueError, match="has no question to write about"):
         model.loglikelihood_rolling(requests("loglikelihood_rolling", ("tea",)))
