@@ -1,0 +1,197 @@
+"""Makes the sentence world's sharer and receiver from scratch, each in about a minute."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.evidence.worlds import sentence_world as sw
+from c2c_ext.demo.train import Training, optimise, pick
+
+LOG_EVERY = 25
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the two models' training; tuned on seed 0 alone."""
+
+    sharer_model: dict = field(
+        default_factory=lambda: {
+            "hidden_size": 80,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "intermediate_size": 200,
+        }
+    )
+    receiver_model: dict = field(
+        default_factory=lambda: {
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "intermediate_size": 128,
+        }
+    )
+    init_std: float = 0.05
+
+    sharer: Training = field(default_factory=lambda: Training(steps=300, lr=2e-3, batch=96))
+    every_word: float = 0.1  # weight of the loss at all words, not only at values
+    early_exit: float = 1.0  # weight of the loss of the last layer's input
+
+    receiver: Training = field(default_factory=lambda: Training(steps=400, lr=3e-3))
+    silent: float = 0.15  # share of batches without the fact: there the receiver learns to guess
+    questions: tuple[int, ...] = (1, 4)  # in a row, after one set of facts
+    stop: float = 0.995
+
+
+def new_model(shape: dict, init_std: float) -> LlamaForCausalLM:
+    """An untrained Llama over the world's vocabulary."""
+    config = LlamaConfig(
+        vocab_size=len(sw.VOCABULARY),
+        tie_word_embeddings=True,
+        max_position_embeddings=128,
+        initializer_range=init_std,
+        pad_token_id=sw.PAD,
+        bos_token_id=sw.BOS,
+        eos_token_id=None,
+        **shape,
+    )
+    return LlamaForCausalLM(config)
+
+
+def deck(size: int, generator: torch.Generator) -> Iterator[int]:
+    """Numbers below `size` in random order, again and again: each as often as any other."""
+    while True:
+        yield from torch.randperm(size, generator=generator).tolist()
+
+
+def train_sharer(world: sw.World, recipe: Recipe, seed: int, log: list) -> LlamaForCausalLM:
+    """The knowledge base: states the facts about all entities, and nothing else."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = new_model(recipe.sharer_model, recipe.init_std)
+    facts = deck(sw.NUM_KNOWN * sw.NUM_ATTRIBUTES, generator)
+
+    def loss_at(step: int) -> Tensor:
+        template = sw.STATEMENTS[step % len(sw.STATEMENTS)]
+        chosen = torch.tensor(list(itertools.islice(facts, recipe.sharer.batch)))
+        entities, attributes = chosen // sw.NUM_ATTRIBUTES, chosen % sw.NUM_ATTRIBUTES
+        values = world.facts[entities, attributes]
+        ids = sw.opened(world.sentence(template, entities, attributes, values))
+        out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+        before = sw.place_of("V", template) - 1
+        # The fuser reads the last layer's keys and values, so its input must have the fact.
+        early = model.lm_head(model.model.norm(out.hidden_states[-2][:, before]))
+        value = ids[:, before + 1]
+        every_word = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return (
+            F.cross_entropy(out.logits[:, before], value)
+            + recipe.every_word * every_word
+            + recipe.early_exit * F.cross_entropy(early, value)
+        )
+
+    for step, loss in optimise(model, recipe.sharer, loss_at):
+        if step % LOG_EVERY == 0 or step == recipe.sharer.steps - 1:
+            note(log, "sharer", step, loss=loss, facts_right=facts_right(model, world))
+    return model
+
+
+@torch.no_grad()
+def facts_right(model: LlamaForCausalLM, world: sw.World) -> float:
+    """The part of all facts that the sharer tells right when asked in its own way."""
+    entities = torch.arange(sw.NUM_KNOWN).repeat_interleave(sw.NUM_ATTRIBUTES)
+    attributes = torch.arange(sw.NUM_ATTRIBUTES).repeat(sw.NUM_KNOWN)
+    ids = sw.opened(world.sentence(sw.ASKED, entities, attributes))
+    told = model(input_ids=ids, logits_to_keep=1).logits[:, -1].argmax(dim=1)
+    right = told == sw.value_ids(attributes, world.facts[entities, attributes])
+    return right.float().mean().item()
+
+
+def receiver_batch(
+    world: sw.World, count: int, silent: bool, batch: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One or two facts about names that have none, then `count` questions about them.
+
+    Values are drawn anew each time: the receiver can use facts, it knows none.
+
+    Args:
+        silent: leaves out one fact and asks about names of which nothing is said.
+
+    Returns:
+        token ids [B, N], targets [B, count] of the answers at each question's last word, and
+        whether [B, count] the questions are `is`.
+    """
+
+    def draw(limit: int, *size: int) -> Tensor:
+        return torch.randint(limit, size, generator=generator)
+
+    def some_facts(count: int) -> list[Tensor]:
+        """Entities, attributes and values, each [count, B]."""
+        entities = world.others[draw(len(world.others), count, batch)]
+        return [entities, draw(sw.NUM_ATTRIBUTES, count, batch), draw(sw.NUM_VALUES, count, batch)]
+
+    stated = 1 + int(draw(2))
+    facts = some_facts(stated)
+    sentences = [
+        world.sentence(pick(sw.STATED, generator), *(column[i] for column in facts))
+        for i in range(stated - silent)
+    ]
+    if silent:
+        asked = some_facts(count)
+    else:
+        which = draw(stated, count, batch)
+        asked = [column.gather(0, which) for column in facts]
+    entities, attributes, values = asked
+    kinds = draw(len(sw.KINDS), count, batch)
+    questions = [
+        world.sentence(sw.QUESTION, entities[i], attributes[i], kinds=kinds[i])
+        for i in range(count)
+    ]
+    targets = sw.value_ids(attributes, world.answers(kinds, attributes, values))
+    return sw.opened(*sentences, *questions), targets.T, (kinds == sw.IS).T
+
+
+def train_receiver(world: sw.World, recipe: Recipe, seed: int, log: list) -> LlamaForCausalLM:
+    """The model that answers: reads facts and questions, and knows what rivals what."""
+    torch.manual_seed(seed + 1)
+    generator = torch.Generator().manual_seed(seed + 1)
+    model = new_model(recipe.receiver_model, recipe.init_std)
+
+    def loss_at(step: int) -> Tensor:
+        count = pick(recipe.questions, generator)
+        silent = float(torch.rand((), generator=generator)) < recipe.silent
+        ids, targets, _ = receiver_batch(world, count, silent, recipe.receiver.batch, generator)
+        length = sw.QUESTION_TOKENS
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=length * count).logits
+        return F.cross_entropy(logits[:, length - 1 :: length].flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def accuracy() -> dict[str, float]:
+        fixed = torch.Generator().manual_seed(0)
+        ids, targets, is_fact = receiver_batch(world, 1, False, 512, fixed)
+        right = model(input_ids=ids, logits_to_keep=1).logits.argmax(dim=-1) == targets
+        groups = zip(sw.KINDS, (is_fact, ~is_fact), strict=True)
+        return {kind: right[group].float().mean().item() for kind, group in groups}
+
+    for step, loss in optimise(model, recipe.receiver, loss_at):
+        if step % LOG_EVERY == 0 or step == recipe.receiver.steps - 1:
+            right = accuracy()
+            note(log, "receiver", step, loss=loss, **right)
+            if min(right.values()) >= recipe.stop:
+                break
+    return model
+
+
+def note(log: list, stage: str, step: int, **values: float) -> None:
+    """Adds one point to a curve and prints it."""
+    log.append({"step": step, **{name: round(value, 4) for name, value in values.items()}})
+    print(stage, log[-1], flush=True)
