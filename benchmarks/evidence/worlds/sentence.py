@@ -20,22 +20,21 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.evidence import asking, learning, timing
+from benchmarks.evidence import asking, timing
 from benchmarks.evidence.outcomes import Cell
 from benchmarks.evidence.worlds import sentence_models as sm
 from benchmarks.evidence.worlds import sentence_world as sw
+from benchmarks.evidence.worlds.sentence_fuser import Samples, train_fuser
 from c2c_ext import Fuser
-from c2c_ext.demo.train import IGNORE
 from c2c_ext.training.recipes import Recipe, load_recipe
 
 NAME = "sentence"
 TITLE = "The sentence world: one fact, one sentence, one fused token"
 FUSED, READ = sw.place_of("?"), sw.place_of("?", sw.ASKED)  # the `?` of receiver and sharer
-FUSER_BATCH = 96
 LOG_EVERY = 25
 # What differs from `c2c train`'s recipe for pairs of this size; tuned on seed 0 alone. Every
 # receiver layer reads the sharer's last layer: lower ones have not retrieved the fact at the `?`.
-FUSER_CHANGES = {"max_steps": 300, "anneal_steps": 300, "batch": FUSER_BATCH}
+FUSER_CHANGES = {"max_steps": 400, "anneal_steps": 400, "batch": 240, "beta2": 0.98}
 
 
 def fuser_recipe(receiver: PreTrainedModel, sharer: PreTrainedModel, seed: int) -> Recipe:
@@ -62,11 +61,14 @@ def train(seed: int, directory: Path) -> dict[str, Any]:
         models[name] = model.eval().requires_grad_(False)
     twin = copy.deepcopy(models["receiver"])  # the trainer refuses a model as its own sharer
     for name, sharer in (("fuser", models["sharer"]), ("identical", twin)):
-        fuser, made[name] = learning.train_fuser(
+        samples = samples_of(world, itself=sharer is twin)
+        order = sm.deck(len(samples.answer), torch.Generator().manual_seed(seed + 2))
+        fuser, made[name] = train_fuser(
             models["receiver"],
             sharer,
             fuser_recipe(models["receiver"], sharer, seed),
-            batches(world, seed, itself=sharer is twin),
+            samples,
+            order,
             lambda step, loss, name=name: step % LOG_EVERY or print(name, step, loss, flush=True),
         )
         fuser.save_pretrained(directory / name)
@@ -81,34 +83,18 @@ def every_question(entities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return grid[:, 0], grid[:, 1], grid[:, 2]
 
 
-def batches(world: sw.World, seed: int, *, itself: bool = False) -> Callable[[int], learning.Batch]:
-    """Random questions of both kinds about train entities.
+def samples_of(world: sw.World, *, itself: bool = False) -> Samples:
+    """All 960 questions of both kinds about train entities.
 
     Args:
         itself: the receiver is its own sharer, and reads its own prompt.
     """
-    generator = torch.Generator().manual_seed(seed + 2)
-    questions = every_question(world.train)
-    deck = sm.deck(len(questions[0]), generator)
-
-    def draw(step: int) -> learning.Batch:
-        chosen = torch.tensor([next(deck) for _ in range(FUSER_BATCH)])
-        entities, attributes, kinds = (column[chosen] for column in questions)
-        answers = world.answers(kinds, attributes, world.facts[entities, attributes])
-        prompt = sw.opened(world.sentence(sw.QUESTION, entities, attributes, kinds=kinds))
-        target = sw.value_ids(attributes, answers)[:, None]
-        ids = torch.cat([prompt, target], dim=1)
-        labels = torch.cat([torch.full_like(prompt, IGNORE), target], dim=1)
-        mask = torch.zeros(ids.shape, dtype=torch.bool)
-        mask[:, FUSED] = True
-        if itself:
-            return learning.Batch(ids, labels, mask)
-        token_map = torch.full(ids.shape, -1)
-        token_map[:, FUSED] = READ
-        shared = read_by_sharer(world, entities, attributes)
-        return learning.Batch(ids, labels, mask, shared, token_map)
-
-    return draw
+    entities, attributes, kinds = every_question(world.train)
+    prompt = sw.opened(world.sentence(sw.QUESTION, entities, attributes, kinds=kinds))
+    answers = world.answers(kinds, attributes, world.facts[entities, attributes])
+    shared = prompt[:, :-1] if itself else read_by_sharer(world, entities, attributes)
+    answer = sw.value_ids(attributes, answers)
+    return Samples(prompt, answer, shared, FUSED, FUSED if itself else READ)
 
 
 def load(seed: int, directory: Path) -> tuple[sw.World, asking.Models]:

@@ -48,8 +48,10 @@ class Recipe:
     early_exit: float = 1.0  # weight of the loss of the last layer's input
 
     receiver: Training = field(default_factory=lambda: Training(steps=400, lr=3e-3))
+    facts: tuple[int, ...] = (1, 2)  # the asked one and up to one other
     silent: float = 0.15  # share of batches without the fact: there the receiver learns to guess
     questions: tuple[int, ...] = (1, 4)  # in a row, after one set of facts
+    learnt: float = 0.9  # of `is`, from which on `rivals` is asked, too
     stop: float = 0.995
 
 
@@ -117,14 +119,22 @@ def facts_right(model: LlamaForCausalLM, world: sw.World) -> float:
 
 
 def receiver_batch(
-    world: sw.World, count: int, silent: bool, batch: int, generator: torch.Generator
+    world: sw.World,
+    stated: int,
+    count: int,
+    batch: int,
+    generator: torch.Generator,
+    *,
+    silent: bool = False,
+    kinds: int = len(sw.KINDS),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One or two facts about names that have none, then `count` questions about them.
+    """`stated` facts about names that have none, then `count` questions about them.
 
     Values are drawn anew each time: the receiver can use facts, it knows none.
 
     Args:
         silent: leaves out one fact and asks about names of which nothing is said.
+        kinds: how many of `KINDS` are asked, the first ones.
 
     Returns:
         token ids [B, N], targets [B, count] of the answers at each question's last word, and
@@ -139,7 +149,6 @@ def receiver_batch(
         entities = world.others[draw(len(world.others), count, batch)]
         return [entities, draw(sw.NUM_ATTRIBUTES, count, batch), draw(sw.NUM_VALUES, count, batch)]
 
-    stated = 1 + int(draw(2))
     facts = some_facts(stated)
     sentences = [
         world.sentence(pick(sw.STATED, generator), *(column[i] for column in facts))
@@ -151,13 +160,12 @@ def receiver_batch(
         which = draw(stated, count, batch)
         asked = [column.gather(0, which) for column in facts]
     entities, attributes, values = asked
-    kinds = draw(len(sw.KINDS), count, batch)
+    asks = draw(kinds, count, batch)
     questions = [
-        world.sentence(sw.QUESTION, entities[i], attributes[i], kinds=kinds[i])
-        for i in range(count)
+        world.sentence(sw.QUESTION, entities[i], attributes[i], kinds=asks[i]) for i in range(count)
     ]
-    targets = sw.value_ids(attributes, world.answers(kinds, attributes, values))
-    return sw.opened(*sentences, *questions), targets.T, (kinds == sw.IS).T
+    targets = sw.value_ids(attributes, world.answers(asks, attributes, values))
+    return sw.opened(*sentences, *questions), targets.T, (asks == sw.IS).T
 
 
 def train_receiver(world: sw.World, recipe: Recipe, seed: int, log: list) -> LlamaForCausalLM:
@@ -165,27 +173,35 @@ def train_receiver(world: sw.World, recipe: Recipe, seed: int, log: list) -> Lla
     torch.manual_seed(seed + 1)
     generator = torch.Generator().manual_seed(seed + 1)
     model = new_model(recipe.receiver_model, recipe.init_std)
+    kinds = 1  # the first, until that is learnt
 
     def loss_at(step: int) -> Tensor:
-        count = pick(recipe.questions, generator)
+        stated, count = pick(recipe.facts, generator), pick(recipe.questions, generator)
         silent = float(torch.rand((), generator=generator)) < recipe.silent
-        ids, targets, _ = receiver_batch(world, count, silent, recipe.receiver.batch, generator)
+        batch = recipe.receiver.batch
+        ids, targets, _ = receiver_batch(
+            world, stated, count, batch, generator, silent=silent, kinds=kinds
+        )
         length = sw.QUESTION_TOKENS
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=length * count).logits
         return F.cross_entropy(logits[:, length - 1 :: length].flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def accuracy() -> dict[str, float]:
-        fixed = torch.Generator().manual_seed(0)
-        ids, targets, is_fact = receiver_batch(world, 1, False, 512, fixed)
-        right = model(input_ids=ids, logits_to_keep=1).logits.argmax(dim=-1) == targets
-        groups = zip(sw.KINDS, (is_fact, ~is_fact), strict=True)
-        return {kind: right[group].float().mean().item() for kind, group in groups}
+        found, fixed = {}, torch.Generator().manual_seed(0)
+        for stated in recipe.facts:
+            ids, targets, is_fact = receiver_batch(world, stated, 1, 512, fixed)
+            right = model(input_ids=ids, logits_to_keep=1).logits.argmax(dim=-1) == targets
+            for kind, group in zip(sw.KINDS, (is_fact, ~is_fact), strict=True):
+                found[f"{kind}_{stated}"] = right[group].float().mean().item()
+        return found
 
     for step, loss in optimise(model, recipe.receiver, loss_at):
         if step % LOG_EVERY == 0 or step == recipe.receiver.steps - 1:
             right = accuracy()
             note(log, "receiver", step, loss=loss, **right)
+            if right["is_1"] >= recipe.learnt:
+                kinds = len(sw.KINDS)
             if min(right.values()) >= recipe.stop:
                 break
     return model
