@@ -8,7 +8,6 @@ sentence says everything here, so text can lose nothing.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -59,9 +58,8 @@ def train(seed: int, directory: Path) -> dict[str, Any]:
         }
         model.save_pretrained(directory / name)
         models[name] = model.eval().requires_grad_(False)
-    twin = copy.deepcopy(models["receiver"])  # the trainer refuses a model as its own sharer
-    for name, sharer in (("fuser", models["sharer"]), ("identical", twin)):
-        samples = samples_of(world, itself=sharer is twin)
+    for name, source in (("fuser", "sharer"), ("identical", "receiver")):
+        sharer, samples = models[source], samples_of(world, itself=source == "receiver")
         order = sm.deck(len(samples.answer), torch.Generator().manual_seed(seed + 2))
         fuser, made[name] = train_fuser(
             models["receiver"],
