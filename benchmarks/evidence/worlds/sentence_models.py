@@ -47,11 +47,12 @@ class Recipe:
     every_word: float = 0.1  # weight of the loss at all words, not only at values
     early_exit: float = 1.0  # weight of the loss of the last layer's input
 
-    receiver: Training = field(default_factory=lambda: Training(steps=350, lr=3e-3))
+    receiver: Training = field(default_factory=lambda: Training(steps=600, lr=3e-3))
     facts: tuple[int, ...] = (1, 2)  # in a row
     silent: float = 0.15  # share of batches without facts: there the receiver learns to guess
     questions: tuple[int, ...] = (1, 4)  # in a row, after one set of facts
     learnt: float = 0.9  # of `is`, from which on `rivals` is asked, too
+    stop: float = 0.995  # of every kind and number of facts
 
 
 def new_model(shape: dict, init_std: float) -> LlamaForCausalLM:
@@ -196,6 +197,8 @@ def train_receiver(world: sw.World, recipe: Recipe, seed: int, log: list) -> Lla
             note(log, "receiver", step, loss=loss, **right)
             if right["is_1"] >= recipe.learnt:
                 kinds = len(sw.KINDS)
+            if min(right.values()) >= recipe.stop:
+                break
     return model
 
 
