@@ -143,6 +143,16 @@ def test_a_fuser_learns_what_the_training_model_would(one_thread) -> None:
     assert abs(plain - loss) > 1e-3
 
 
+def test_the_receiver_is_first_asked_for_facts_alone_and_told_one_per_attribute() -> None:
+    world, generator = sw.make_world(0), torch.Generator().manual_seed(0)
+    ids, _, is_fact = sentence_models.receiver_batch(world, 2, 4, 64, generator, kinds=1)
+    assert is_fact.all()
+    told = ids[:, : -4 * sw.QUESTION_TOKENS] - sw.FIRST_ATTRIBUTE
+    for row in told.tolist():
+        attributes = [word for word in row if 0 <= word < sw.NUM_ATTRIBUTES]
+        assert len(attributes) == len(set(attributes)) == 2
+
+
 class Says:
     """A sharer that goes on with given tokens, whatever it reads."""
 
