@@ -45,13 +45,13 @@ def fuser_recipe(receiver: PreTrainedModel, sharer: PreTrainedModel, seed: int) 
 def train(seed: int, directory: Path) -> dict[str, Any]:
     """Trains sharer, receiver and both fusers into the directory; returns what to record."""
     recipe, world = sm.Recipe(), sw.make_world(seed)
-    made: dict[str, Any] = {"world": world.digest(), "recipe": asdict(recipe)}
+    stages: dict[str, Any] = {}
     models: dict[str, LlamaForCausalLM] = {}
     for name, make in (("sharer", sm.train_sharer), ("receiver", sm.train_receiver)):
         curve: list[dict] = []
         start = time.perf_counter()
         model = make(world, recipe, seed, curve)
-        made[name] = {
+        stages[name] = {
             "seconds": round(time.perf_counter() - start, 1),
             "parameters": model.num_parameters(),
             "curve": curve,
@@ -61,7 +61,7 @@ def train(seed: int, directory: Path) -> dict[str, Any]:
     for name, source in (("fuser", "sharer"), ("identical", "receiver")):
         sharer, samples = models[source], samples_of(world, itself=source == "receiver")
         order = sm.deck(len(samples.answer), torch.Generator().manual_seed(seed + 2))
-        fuser, made[name] = train_fuser(
+        fuser, stages[name] = train_fuser(
             models["receiver"],
             sharer,
             fuser_recipe(models["receiver"], sharer, seed),
@@ -70,7 +70,7 @@ def train(seed: int, directory: Path) -> dict[str, Any]:
             lambda step, loss, name=name: step % LOG_EVERY or print(name, step, loss, flush=True),
         )
         fuser.save_pretrained(directory / name)
-    return made
+    return {"world": world.digest(), "recipe": asdict(recipe), "stages": stages}
 
 
 def every_question(entities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
