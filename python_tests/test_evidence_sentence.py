@@ -191,7 +191,7 @@ def test_a_short_run_is_asked_and_timed_in_every_mode(short, tmp_path: Path, mon
     made = sentence.train(0, tmp_path)
     assert made["world"] == DIGESTS[0]
     assert list(made["stages"]) == ["sharer", "receiver", "fuser", "identical"]
-    assert all(stage["parameters"] and stage["seconds"] for stage in made["stages"].values())
+    assert all(stage["parameters"] and stage["seconds"] >= 0 for stage in made["stages"].values())
     modes = {"receiver", "sharer", "routing", "ensemble", "t2t", "t2t_parallel", "c2c"}
     modes |= {"mismatched", "zero", "noise", "identical", "swapped"}
     for cell, kind in zip(sentence.evaluate(0, tmp_path, limit=5), sw.KINDS, strict=True):
