@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from benchmarks.evidence import asking
 from benchmarks.evidence.worlds import sentence, sentence_models
 from benchmarks.evidence.worlds import sentence_world as sw
 from benchmarks.evidence.worlds.sentence_fuser import train_fuser
-from c2c_ext.demo.train import IGNORE, Training
-from c2c_ext.training import C2CTrainingModel
+from c2c_ext import fuse
+from c2c_ext.demo.evaluate import continue_from, prefill
+from c2c_ext.demo.train import Training
 from c2c_ext.training.run import new_fuser
 
 DIGESTS = {  # facts and splits were fixed by these lines before any model was trained on them
@@ -117,30 +120,40 @@ def test_the_receiver_is_told_what_it_is_asked_unless_silent() -> None:
                     assert silent or fact in told
 
 
-def test_a_fuser_learns_what_the_training_model_would(one_thread) -> None:
-    """The loss of the first batch is that of `C2CTrainingModel`, which fuses whole prompts."""
+def test_a_fusers_first_loss_is_that_of_the_answers_it_is_asked_for(one_thread) -> None:
     world, recipe = sw.make_world(0), sentence_models.Recipe()
     torch.manual_seed(0)
     receiver, sharer = (
         sentence_models.new_model(shape, 0.3).eval().requires_grad_(False)
         for shape in (recipe.receiver_model, recipe.sharer_model)
     )
-    changes = {"batch": 6, "max_steps": 1, "anneal_steps": 1, "zero_output": False}
-    settings = sentence.fuser_recipe(receiver, sharer, 0).changed(changes)
+    changes = {"batch": 960, "max_steps": 1, "anneal_steps": 1, "zero_output": False}
+    cold = {"temperature_start": 1e-3, "temperature_end": 1e-3}  # gates as good as hard
+    settings = sentence.fuser_recipe(receiver, sharer, 0).changed(changes | cold)
     samples, losses = sentence.samples_of(world), []
-    train_fuser(receiver, sharer, settings, samples, iter(range(6)), lambda _, x: losses.append(x))
-    fuser = new_fuser(settings, receiver.config, sharer.config)
-    model = C2CTrainingModel(receiver, sharer, fuser, sampler=settings.sampler(), seed=0)
-    ids = torch.cat([samples.prompt, samples.answer[:, None]], dim=1)[:6]
-    labels, token_map = torch.full_like(ids, IGNORE), torch.full_like(ids, -1)
-    labels[:, -1], token_map[:, samples.fused] = ids[:, -1], samples.read
-    fused = token_map >= 0
-    inputs = {"sharer_input_ids": samples.shared[:6], "token_map": token_map, "fused_mask": fused}
-    with torch.no_grad():
-        loss = model(ids, labels=labels, **inputs).loss.item()
-        plain = model(ids, labels=labels, **inputs | {"fused_mask": fused & False}).loss.item()
-    assert losses == [pytest.approx(loss, rel=1e-5)]
-    assert abs(plain - loss) > 1e-3
+    train_fuser(
+        receiver, sharer, settings, samples, iter(range(960)), lambda _, x: losses.append(x)
+    )
+    fuser = new_fuser(settings, receiver.config, sharer.config).eval().requires_grad_(False)
+    task = sentence.task_of(world, sw.IS, *sentence.every_question(world.train)[:2])
+    task = replace(
+        task,
+        prompt=samples.prompt,
+        candidates=torch.arange(len(sw.VOCABULARY)).expand(960, 1, -1),
+    )
+    asked = [
+        answers.confidence[answers.chosen[:, 0] == samples.answer]
+        for answers in [asking.ask_c2c(asking.Models(receiver, sharer, fuser), task)]
+    ]
+    caches = prefill(receiver, samples.prompt[:, : -sentence.TAIL])
+    fused = fuse(caches, prefill(sharer, samples.shared), fuser, token_map=task.token_map)
+    logits = continue_from(receiver, fused, samples.prompt[:, -sentence.TAIL :])
+    assert losses == [pytest.approx(F.cross_entropy(logits, samples.answer).item(), rel=1e-4)]
+    said = logits.argmax(dim=1) == samples.answer
+    sure = logits.double().log_softmax(dim=1).amax(dim=1)[said]
+    assert len(sure) and torch.allclose(asked[0], sure, atol=1e-5)
+    plain = continue_from(receiver, caches, samples.prompt[:, -sentence.TAIL :])
+    assert abs(F.cross_entropy(plain, samples.answer).item() - losses[0]) > 1e-2
 
 
 def test_the_receiver_is_first_asked_for_facts_alone_and_told_one_per_attribute() -> None:

@@ -2,8 +2,9 @@
 
 The sharer knows 720 facts and has never seen a question of the receiver's; the receiver knows the
 questions and no fact. The receiver reads `question : what is the metal of ba di ? is answer :`, the
-sharer `what is the metal of ba di ?`, and the two caches are fused at the `?` alone. One short
-sentence says everything here, so text can lose nothing.
+sharer `what is the metal of ba di ?`, and the two caches are fused at the `?` alone. The receiver
+reads the rest, `is answer :`, on the fused cache: a receiver may use a fact at any of these tokens.
+One short sentence says everything here, so text can lose nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from c2c_ext.training.recipes import Recipe, load_recipe
 NAME = "sentence"
 TITLE = "The sentence world: one fact, one sentence, one fused token"
 FUSED, READ = sw.place_of("?"), sw.place_of("?", sw.ASKED)  # the `?` of receiver and sharer
+TAIL = sw.QUESTION_TOKENS - FUSED  # what follows the receiver's `?`
 LOG_EVERY = 25
 # What differs from `c2c train`'s recipe for pairs of this size; tuned on seed 0 alone. Every
 # receiver layer reads the sharer's last layer: lower ones have not retrieved the fact at the `?`.
@@ -90,7 +92,7 @@ def samples_of(world: sw.World, *, itself: bool = False) -> Samples:
     entities, attributes, kinds = every_question(world.train)
     prompt = sw.opened(world.sentence(sw.QUESTION, entities, attributes, kinds=kinds))
     answers = world.answers(kinds, attributes, world.facts[entities, attributes])
-    shared = prompt[:, :-1] if itself else read_by_sharer(world, entities, attributes)
+    shared = prompt[:, : FUSED + 1] if itself else read_by_sharer(world, entities, attributes)
     answer = sw.value_ids(attributes, answers)
     return Samples(prompt, answer, shared, FUSED, FUSED if itself else READ)
 
@@ -115,7 +117,7 @@ def task_of(world: sw.World, kind: int, entities: Tensor, attributes: Tensor) ->
     """Questions of one kind."""
     kinds = torch.full_like(entities, kind)
     prompt = sw.opened(world.sentence(sw.QUESTION, entities, attributes, kinds=kinds))
-    token_map = torch.full((prompt.shape[1] - 1,), -1)
+    token_map = torch.full((FUSED + 1,), -1)
     token_map[FUSED] = READ
     truth = world.answers(kinds, attributes, world.facts[entities, attributes])
     return asking.Task(
@@ -125,6 +127,7 @@ def task_of(world: sw.World, kind: int, entities: Tensor, attributes: Tensor) ->
         candidates=sw.candidate_ids(attributes)[:, None],
         truth=truth[:, None],
         alone=prompt,
+        tail=TAIL,
     )
 
 

@@ -1,7 +1,7 @@
 """Trains a fuser on one token per prompt, from caches that are computed once.
 
-It is what `C2CTrainingModel` computes, of which nearly all would be thrown away here: that prefills
-both models at every step, and fuses all thirteen tokens of a prompt of which one is wanted.
+`C2CTrainingModel` would prefill both models at every step, fuse all tokens of a prompt of which one
+is wanted, and let the receiver read no more than the last token on the fused cache.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ class Samples:
     """All that a fuser is trained on.
 
     Attributes:
-        prompt: int64 ``[S, N + 1]``, what the receiver reads.
+        prompt: int64 ``[S, N]``, what the receiver reads.
         answer: int64 ``[S]``, the token that follows.
         shared: int64 ``[S, M]``, what the sharer reads.
-        fused, read: the places of the receiver's fused token and of the sharer's token for it.
+        fused, read: the places of the receiver's fused token and of the sharer's token for it. The
+            receiver reads what follows the fused token on the fused cache.
     """
 
     prompt: Tensor
@@ -61,25 +62,25 @@ def train_fuser(
     started = time.perf_counter()
     fuser, sampler = new_fuser(recipe, receiver.config, sharer.config), recipe.sampler()
     with torch.no_grad():
-        clean = prefill(receiver, samples.prompt[:, :-1])
+        clean = prefill(receiver, samples.prompt[:, : samples.fused + 1])
         shared = _at(prefill(sharer, samples.shared), samples.read)
-    place = samples.fused
 
     def loss_at(step: int) -> Tensor:
         rows = torch.tensor([next(order) for _ in range(recipe.batch)])
         own = [(key[rows], value[rows]) for key, value in clean]
         noise = sampler.noise(fuser, len(rows), 1, recipe.seed, step=step)
         fused = fuse_training(
-            _at(own, place),
+            _at(own, samples.fused),
             [(key[rows], value[rows]) for key, value in shared],
             fuser,
             gates=sampler.gates(fuser, noise, step),
         )
         cache = DynamicCache()
         for layer, pairs in enumerate(zip(own, fused, strict=True)):
-            cache.update(*(_put(*pair, place) for pair in zip(*pairs, strict=True)), layer)
-        last = samples.prompt[rows, -1:]
-        logits = receiver(input_ids=last, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            key, value = (torch.cat([t[:, :, :-1], new], 2) for t, new in zip(*pairs, strict=True))
+            cache.update(key, value, layer)
+        tail = samples.prompt[rows, samples.fused + 1 :]
+        logits = receiver(input_ids=tail, past_key_values=cache, logits_to_keep=1).logits[:, -1]
         return F.cross_entropy(logits, samples.answer[rows])
 
     training = Training(
@@ -106,8 +107,3 @@ def train_fuser(
 def _at(pairs: KV, place: int) -> KV:
     """One token of every layer's keys and values."""
     return [(key[:, :, place : place + 1], value[:, :, place : place + 1]) for key, value in pairs]
-
-
-def _put(tokens: Tensor, one: Tensor, place: int) -> Tensor:
-    """Keys or values ``[B, H, N, D]`` with another one at a place."""
-    return torch.cat([tokens[:, :, :place], one, tokens[:, :, place + 1 :]], dim=2)
