@@ -145,14 +145,15 @@ def test_a_fusers_first_loss_is_that_of_the_answers_it_is_asked_for(one_thread) 
         answers.confidence[answers.chosen[:, 0] == samples.answer]
         for answers in [asking.ask_c2c(asking.Models(receiver, sharer, fuser), task)]
     ]
-    caches = prefill(receiver, samples.prompt[:, : -sentence.TAIL])
+    assert sw.decode(task.prompt[0, -task.tail :]) == "is answer :"
+    caches = prefill(receiver, samples.prompt[:, : -task.tail])
     fused = fuse(caches, prefill(sharer, samples.shared), fuser, token_map=task.token_map)
-    logits = continue_from(receiver, fused, samples.prompt[:, -sentence.TAIL :])
+    logits = continue_from(receiver, fused, samples.prompt[:, -task.tail :])
     assert losses == [pytest.approx(F.cross_entropy(logits, samples.answer).item(), rel=1e-4)]
     said = logits.argmax(dim=1) == samples.answer
     sure = logits.double().log_softmax(dim=1).amax(dim=1)[said]
     assert len(sure) and torch.allclose(asked[0], sure, atol=1e-5)
-    plain = continue_from(receiver, caches, samples.prompt[:, -sentence.TAIL :])
+    plain = continue_from(receiver, caches, samples.prompt[:, -task.tail :])
     assert abs(F.cross_entropy(plain, samples.answer).item() - losses[0]) > 1e-2
 
 

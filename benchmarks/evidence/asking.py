@@ -38,14 +38,13 @@ class Task:
     """Questions [Q] in both models' tokens.
 
     Attributes:
-        prompt: int64 ``[Q, N + tail]``, what the receiver reads; the tail is never fused.
+        prompt: int64 ``[Q, N + tail]``, what the receiver reads; it is fused without its tail.
         shared: int64 ``[Q, M]``, what the sharer reads for the receiver.
         token_map: int64 ``[N]``: the sharer's place for each of the receiver's, -1: not fused.
         candidates: int64 ``[Q, T, C]``, the receiver's tokens that an answer is made of.
         truth: int64 ``[Q, T]``, the places of the right ones among the candidates.
         alone: int64 ``[Q, L + 1]``, what the sharer reads where it answers; None: it cannot.
         sharer_candidates: int64 ``[Q, T, C]``, the same words in its tokens; None: the same tokens.
-        tail: last tokens of the prompt, at least 1, that the receiver reads on the fused cache.
     """
 
     prompt: Tensor
@@ -55,7 +54,11 @@ class Task:
     truth: Tensor
     alone: Tensor | None = None
     sharer_candidates: Tensor | None = None
-    tail: int = 1
+
+    @property
+    def tail(self) -> int:
+        """Last tokens of the prompt that the receiver reads on the fused cache, at least 1."""
+        return self.prompt.shape[1] - len(self.token_map)
 
 
 @dataclass(frozen=True)

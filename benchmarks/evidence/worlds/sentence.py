@@ -31,7 +31,6 @@ from c2c_ext.training.recipes import Recipe, load_recipe
 NAME = "sentence"
 TITLE = "The sentence world: one fact, one sentence, one fused token"
 FUSED, READ = sw.place_of("?"), sw.place_of("?", sw.ASKED)  # the `?` of receiver and sharer
-TAIL = sw.QUESTION_TOKENS - FUSED  # what follows the receiver's `?`
 LOG_EVERY = 25
 # What differs from `c2c train`'s recipe for pairs of this size; tuned on seed 0 alone. Every
 # receiver layer reads the sharer's last layer: lower ones have not retrieved the fact at the `?`.
@@ -127,7 +126,6 @@ def task_of(world: sw.World, kind: int, entities: Tensor, attributes: Tensor) ->
         candidates=sw.candidate_ids(attributes)[:, None],
         truth=truth[:, None],
         alone=prompt,
-        tail=TAIL,
     )
 
 
