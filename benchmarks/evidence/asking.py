@@ -38,7 +38,7 @@ class Task:
     """Questions [Q] in both models' tokens.
 
     Attributes:
-        prompt: int64 ``[Q, N + 1]``, what the receiver reads; the last token is never fused.
+        prompt: int64 ``[Q, N + tail]``, what the receiver reads; it is fused without its tail.
         shared: int64 ``[Q, M]``, what the sharer reads for the receiver.
         token_map: int64 ``[N]``: the sharer's place for each of the receiver's, -1: not fused.
         candidates: int64 ``[Q, T, C]``, the receiver's tokens that an answer is made of.
@@ -54,6 +54,11 @@ class Task:
     truth: Tensor
     alone: Tensor | None = None
     sharer_candidates: Tensor | None = None
+
+    @property
+    def tail(self) -> int:
+        """Last tokens of the prompt that the receiver reads on the fused cache, at least 1."""
+        return self.prompt.shape[1] - len(self.token_map)
 
 
 @dataclass(frozen=True)
@@ -155,12 +160,14 @@ def ask_c2c(
     """
     if sharer_cache is None:
         sharer_cache = prefill(models.sharer, task.shared)
-    clean = prefill(models.receiver, task.prompt[:, :-1])
+    clean = prefill(models.receiver, task.prompt[:, : -task.tail])
     fused = fuse(clean, sharer_cache, fuser or models.fuser, token_map=task.token_map, inplace=True)
     cache = DynamicCache()
     for layer, (key, value) in enumerate(fused):
         cache.update(key, value, layer)
-    return _answer([_Answerer(models.receiver, task.candidates, task.prompt[:, -1:], cache)])
+    return _answer(
+        [_Answerer(models.receiver, task.candidates, task.prompt[:, -task.tail :], cache)]
+    )
 
 
 def zeros_like(cache: KV) -> KV:
@@ -217,7 +224,7 @@ def ask_all(
         found["identical"] = ask_c2c(
             models,
             replace(task, token_map=itself),
-            prefill(models.receiver, task.prompt[:, :-1]),
+            prefill(models.receiver, task.prompt[:, : -task.tail]),
             models.identical,
         )
     right = {mode: answers.right(task.truth) for mode, answers in found.items()}

@@ -38,7 +38,7 @@ def c2c_by_parts(models: Models, task: Task, watch: Watch) -> None:
     """One C2C answer; on one device the transfer is nothing, and is measured as that."""
     shared = prefill(models.sharer, task.shared)
     watch("sharer_prefill")
-    clean = prefill(models.receiver, task.prompt[:, :-1])
+    clean = prefill(models.receiver, task.prompt[:, : -task.tail])
     watch("receiver_prefill")
     shared = [(k.to(clean[0][0].device), v.to(clean[0][0].device)) for k, v in shared]
     watch("transfer")
@@ -47,7 +47,7 @@ def c2c_by_parts(models: Models, task: Task, watch: Watch) -> None:
     cache = DynamicCache()
     for layer, (key, value) in enumerate(fused):
         cache.update(key, value, layer)
-    ids = task.prompt[:, -1:]
+    ids = task.prompt[:, -task.tail :]
     for step in range(task.truth.shape[1]):
         out = models.receiver(input_ids=ids, past_key_values=cache, logits_to_keep=1)
         places = out.logits[:, -1].gather(1, task.candidates[:, step]).argmax(1, keepdim=True)
