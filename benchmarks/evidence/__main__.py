@@ -21,7 +21,6 @@ from benchmarks.evidence.outcomes import read_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
-SEEDS = (0, 1, 2, 3)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,7 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train, ask and time worlds")
     run.add_argument("worlds", nargs="*", metavar="WORLD", help="default: all")
-    run.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="S")
+    run.add_argument(
+        "--seeds", type=int, nargs="+", metavar="S", help="default: a world's own four"
+    )
     run.add_argument("--jobs", type=int, default=1, help="seeds at a time, one thread each")
     run.add_argument(
         "--only", nargs="+", choices=runs.PARTS, default=list(runs.PARTS), help="default: all"
@@ -59,9 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.worlds or runs.names()
     if unknown := sorted(set(names) - set(runs.names())):
         parser.error(f"WORLD: there are {', '.join(runs.names())}; got {', '.join(unknown)}")
-    if options.jobs < 1 or min(options.seeds) < 0:
+    if options.jobs < 1 or min(options.seeds or [0]) < 0:
         parser.error("--jobs must be at least 1 and --seeds at least 0")
-    jobs = [(name, seed) for name in names for seed in options.seeds]
+    jobs = [(name, seed) for name in names for seed in options.seeds or runs.seeds(name)]
     trained = [part for part in options.only if part != "latency"]
     done = True
     if trained:

@@ -28,6 +28,11 @@ def names() -> list[str]:
     return [name for name in found if all(hasattr(load(name), part) for part in ("NAME", *PARTS))]
 
 
+def seeds(name: str) -> tuple[int, ...]:
+    """Those that are recorded: 0 to 2 and a fresh one, 3 if it was not seen before its time."""
+    return getattr(load(name), "SEEDS", (0, 1, 2, 3))
+
+
 def load(name: str) -> ModuleType:
     """The module of a world: NAME, TITLE, train, evaluate and latency."""
     return importlib.import_module(f"benchmarks.evidence.worlds.{name}")
