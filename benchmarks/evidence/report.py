@@ -24,17 +24,36 @@ CONFIRMATION = 3  # the first seed that is not one of those that are added up
 LABELS = {
     "receiver": "receiver alone",
     "sharer": "sharer alone",
+    "sharer_a": "sharer A alone",
+    "sharer_b": "sharer B alone",
     "routing": "routing by confidence",
     "ensemble": "logit ensemble",
     "t2t": "T2T: the sharer writes, the receiver reads",
     "t2t_parallel": "parallel text: read off one prefill",
+    "t2t_passes": "text of all slots side by side, a pass per token",
+    "t2t_heads": "text read off one prefill by extra heads",
     "t2t_asked": "T2T of a sharer that sees the question",
+    "t2t_a": "T2T of sharer A",
+    "t2t_b": "T2T of sharer B",
     "c2c": "**C2C**",
+    "c2c_sequential": "C2C, one sharer after the other",
+    "c2c_everywhere": "C2C, both sharers at all attributes",
+    "c2c_everywhere_a_b": "C2C, all attributes, A then B",
+    "c2c_everywhere_b_a": "C2C, all attributes, B then A",
+    "c2c_joint": "C2C, fusers trained together",
+    "c2c_a": "C2C, sharer A only",
+    "c2c_b": "C2C, sharer B only",
+    "wrong_map": "control: token map shifted by a word",
+    "index_map": "control: token map by index, as if tokens were the same",
     "mismatched": "control: another question's cache",
+    "mismatched_a": "control: that of sharer A only",
+    "mismatched_b": "control: that of sharer B only",
     "zero": "control: a cache of zeros",
     "noise": "control: noise of equal norm",
     "identical": "control: the receiver as its own sharer",
     "swapped": "another entity's cache: says that entity's fact",
+    "swapped_a": "another entity's cache of A: says that answer",
+    "swapped_b": "another entity's cache of B: says that answer",
 }
 AT_CHANCE = ("receiver", "mismatched", "zero", "noise", "identical")
 BUDGET = re.compile(r"(.*), (\d+) facts? written")  # cells of T2T that stops early
@@ -248,11 +267,11 @@ class Report:
         return markdown(["seed", "parameters and seconds", "seconds in all"], lines)
 
     def summary(self) -> str:
-        """One line a world: the last cell's C2C, text, receiver, worst control, and times."""
+        """One line a world: the last cell's C2C, text, receiver, best control, and times."""
         lines = []
         for world, runs in self.worlds.items():
             cell = list(self.main_cells(world).values())[-1]
-            worst = max((m for m in AT_CHANCE[1:] if m in cell.right), key=cell.count)
+            best = max((m for m in AT_CHANCE[1:] if m in cell.right), key=cell.count)
             times = {}
             if any(run.latency for run in runs):
                 rows = self.timed(world).latency
@@ -267,7 +286,7 @@ class Report:
                     *shown,
                     parallel,
                     f"{cell.count('receiver')}",
-                    f"{cell.count(worst)} ({worst})",
+                    f"{cell.count(best)} ({best})",
                     f"{cell.written.get('t2t', 0):g}",
                     " / ".join(ms) if all(ms) else "",
                 ]
