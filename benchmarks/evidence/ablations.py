@@ -27,17 +27,17 @@ import torch
 import transformers
 
 from benchmarks.evidence.outcomes import Cell
+from benchmarks.tables import markdown
 from c2c_ext import Fuser
 from c2c_ext.analysis.chart import bar_chart
 from c2c_ext.demo import evaluate as ev
 from c2c_ext.demo import export
 from c2c_ext.demo import world as w
-from c2c_ext.files import write_atomically
 from c2c_ext.machine import environment
+from c2c_ext.measure import write_text
 from c2c_ext.training.recipes import load_recipe
 from c2c_ext.training.run import Setup, load_setup, run_once
 from c2c_ext.training.sweep import load_variants
-from c2c_ext.training.trainer import NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = Path(__file__).with_suffix(".yaml")
@@ -113,6 +113,8 @@ def run_variant(work: Path, settings: Mapping[str, Any], job: Job) -> dict[str, 
         work: holds what `c2c_ext.demo.export` writes; the training's files are removed again.
         settings: of the recipe, for all variants.
     """
+    from c2c_ext.training.trainer import NonFiniteError
+
     name, changes, seed = job
     setup, shipped = _setup(work)
     recipe = load_recipe(BASE).changed({**settings, **changes, "seed": seed})
@@ -204,8 +206,7 @@ def results_of(
 def save(path: Path, document: Mapping[str, Any]) -> None:
     """Writes the results file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(document, indent=1) + "\n"
-    write_atomically({path: lambda place: Path(place).write_text(text, "utf-8")})
+    write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 def _counts(rows: Sequence[Mapping[str, Any]], entities: str, mode: str) -> tuple[int, int]:
@@ -224,8 +225,9 @@ def _by_variant(document: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {n: [run for run in runs if run["variant"] == n] for n in order if n in names}
 
 
-def table(document: Mapping[str, Any]) -> str:
-    """Markdown: a row per variant, in it a line per seed."""
+def table(path: Path) -> str:
+    """Markdown of a results file: a row per variant, in it a line per seed."""
+    document = json.loads(path.read_text("utf-8"))
     rows = [
         (name, "", "", "", "", mode, [document["baselines"]])
         for name, mode in (("receiver alone", "receiver"), ("text (T2T)", "t2t"))
@@ -245,12 +247,7 @@ def table(document: Mapping[str, Any]) -> str:
     heads = ["variant", "parameters", "seed", "loss", "gates open"]
     heads += [f"K = {size}: is / rivals" for size in ev.FORM_SIZES]
     heads += ["held-out", "train", *CONTROLS]
-    lines = [
-        f"Right of {each} questions about held-out entities in each cell, and of all {count}:",
-        "",
-        "| " + " | ".join(heads) + " |",
-        "|---|" + "---|" * (len(heads) - 1),
-    ]
+    lines = []
     for *said, mode, runs in rows:
         for size in ev.FORM_SIZES:
             said.append("<br>".join(_of_size(cells, mode, size) for cells in runs))
@@ -259,8 +256,17 @@ def table(document: Mapping[str, Any]) -> str:
             columns = columns[:1]
         for column in columns:
             said.append("<br>".join(str(_counts(cells, *column)[0]) for cells in runs))
-        lines.append("| " + " | ".join(said + [""] * (len(heads) - len(said))) + " |")
-    return "\n".join(lines)
+        lines.append(said + [""] * (len(heads) - len(said)))
+    said = document["environment"]
+    return (
+        f"Right of {each} questions about held-out entities each; then of all {count} of them, of "
+        f"{count} about train entities, and of the held-out ones under two controls.\n\n"
+        + markdown(heads, lines)
+        + f"\nMeasured on {said['date'][:10]} at {(said['commit'] or 'no commit')[:7]}"
+        + ("" if said["changed_code"] is False else " and changes")
+        + f", {said['cpu']}, torch {said['torch']}, transformers {said['transformers']} "
+        + f"([{path.name}](../benchmarks/results/evidence/{path.name})).\n"
+    )
 
 
 def _gates(run: Mapping[str, Any]) -> str:
@@ -273,15 +279,16 @@ def _of_size(rows: Sequence[Mapping[str, Any]], mode: str, size: int) -> str:
     return " / ".join(str(right[_name(HELD_OUT, size, kind)]) for kind in w.KINDS)
 
 
-def chart(document: Mapping[str, Any]) -> str:
-    """SVG: right answers about held-out entities per variant, mean of its seeds."""
+def drawing(path: Path) -> str:
+    """SVG of a results file: right answers about held-out entities, mean of a variant's seeds."""
+    document = json.loads(path.read_text("utf-8"))
     bars = []
     for name, runs in _by_variant(document).items():
         right = [_counts(run["cells"], HELD_OUT, "c2c")[0] for run in runs if "cells" in run]
         if right:
             bars.append((name, round(sum(right) / len(right))))
     count = _counts(document["baselines"], HELD_OUT, "receiver")[1]
-    note = f"mean of the seeds; guessing gives {count // w.NUM_VALUES} of {count}"
+    note = f"mean of the seeds; guessing: {count // w.NUM_VALUES}; {path.name}"
     return bar_chart(f"Right of {count} questions about held-out entities", note, bars)
 
 
@@ -324,7 +331,8 @@ def main(arguments: list[str] | None = None) -> int:
         document["runs"].append(row)
         save(options.output, document)
         print(f"{number} of {len(left)}: {row['variant']}, seed {row['seed']}", flush=True)
-    print(table(document))
+    if options.output.exists():
+        print(table(options.output), end="")
     return 0
 
 
