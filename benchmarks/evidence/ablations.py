@@ -128,7 +128,7 @@ def run_variant(work: Path, settings: Mapping[str, Any], job: Job) -> dict[str, 
     }
     directory = work / f"{''.join(c if c.isalnum() else '_' for c in name)}-{seed}"
     shutil.rmtree(directory, ignore_errors=True)  # of a run that was stopped
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     try:
         result = run_once(setup, recipe, directory)
     except NonFiniteError as error:
@@ -141,9 +141,9 @@ def run_variant(work: Path, settings: Mapping[str, Any], job: Job) -> dict[str, 
     return {
         **row,
         **{key: result[key] for key in names},
-        "train_seconds": result["seconds"],
         "cells": [cell.to_json() for cell in cells_of(replace(shipped, fuser=fuser))],
         "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
     }
 
 
@@ -199,8 +199,12 @@ def results_of(
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        for future in as_completed([pool.submit(run, job) for job in jobs]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(run, job) for job in jobs]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # not hours later, after all others
+            raise
 
 
 def save(path: Path, document: Mapping[str, Any]) -> None:
