@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -140,6 +141,12 @@ def test_an_interrupted_run_goes_on_where_it_was(
     with pytest.raises(SystemExit):  # other settings
         ablations.main([*given, "--steps", "3", "--output", str(tmp_path / "x.json")])
     assert "--resume: the file was written with another recipe" in capsys.readouterr().err
+
+
+def test_processes_share_the_runs_and_stop_at_a_failure() -> None:
+    assert sorted(ablations.results_of([4, 9, 16], math.sqrt, 2)) == [2, 3, 4]
+    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
+        list(ablations.results_of([-1, 4], math.sqrt, 2))
 
 
 def document(**rows: list[dict]) -> dict:
