@@ -211,13 +211,13 @@ def test_the_table_has_a_line_per_seed_and_says_what_diverged(tmp_path: Path) ->
 def test_runs_of_other_code_are_not_resumed() -> None:
     old = document(**{FIRST: [{"seed": 0}]})
     old |= {"recipe": {}, "world": {}, "training_questions": 1}
-    jobs = [(FIRST, old["runs"][0]["changes"], 0)]
-    assert ablations.resumed({**old, "runs": []}, old, jobs)["runs"] == old["runs"]
-    assert ablations.resumed({**old, "runs": []}, old, [(*jobs[0][:2], 1)])["runs"] == []
+    variants = {FIRST: old["runs"][0]["changes"]}
+    assert ablations.resumed({**old, "runs": []}, old, variants)["runs"] == old["runs"]
+    assert ablations.resumed({**old, "runs": []}, old, {FIRST: {"gate": False}})["runs"] == []
     for key, value in (("commit", "other"), ("changed_code", True), ("torch", "3")):
         other = {**old, "environment": {**old["environment"], key: value}}
         with pytest.raises(ValueError, match=f"was written with {key} {value}"):
-            ablations.resumed(old, other, jobs)
+            ablations.resumed(old, other, variants)
     changed = {**old, "environment": {**old["environment"], "changed_code": True}}
     with pytest.raises(ValueError, match="changed_code True"):
-        ablations.resumed(changed, changed, jobs)
+        ablations.resumed(changed, changed, variants)

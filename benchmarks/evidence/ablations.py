@@ -172,8 +172,10 @@ def header(work: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def resumed(document: dict[str, Any], old: Mapping[str, Any], jobs: Sequence[Job]) -> dict:
-    """``document`` with the runs of ``old`` that are among ``jobs`` and need not be made again.
+def resumed(
+    document: dict[str, Any], old: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """``document`` with the runs of ``old`` whose variant is still what it was.
 
     Raises:
         ValueError: the old file is of other code or another recipe; says which.
@@ -185,8 +187,7 @@ def resumed(document: dict[str, Any], old: Mapping[str, Any], jobs: Sequence[Job
     for key in ("recipe", "world", "training_questions"):
         if old[key] != document[key]:
             raise ValueError(f"--resume: the file was written with another {key}")
-    wanted = [{"variant": name, "changes": changes, "seed": s} for name, changes, s in jobs]
-    runs = [run for run in old["runs"] if {k: run[k] for k in wanted[0]} in wanted]
+    runs = [run for run in old["runs"] if variants.get(run["variant"]) == run["changes"]]
     return {**document, "environment": old["environment"], "runs": runs}
 
 
@@ -325,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.resume and options.output.exists():
         old = json.loads(options.output.read_text("utf-8"))
         try:
-            document = resumed(document, old, jobs)
+            document = resumed(document, old, variants)
         except ValueError as error:
             parser.error(str(error))
     done = {(run["variant"], run["seed"]) for run in document["runs"]}
