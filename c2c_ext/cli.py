@@ -133,10 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     train.add_argument(
         "--sweep",
-        metavar="KEY=[VALUE,...]",
+        metavar="KEY=[VALUE,...]|FILE",
         nargs="+",
         action="extend",
-        help="train for every combination and compare",
+        help="train for every combination, or every variant of a YAML file, and compare",
     )
 
     bench = commands.add_parser(

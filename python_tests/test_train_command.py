@@ -208,6 +208,29 @@ def test_a_sweep_compares_every_combination(
         assert row["settings"]["layer_map"] in ("last_aligned", list(fuser.config.layer_map))
 
 
+def test_a_sweep_trains_the_named_variants_of_a_file(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "variants.yaml"
+    file.write_text(
+        "as it is: {}\nvalues only: {kinds: [value], gate: false}\n"
+        "plain: {weighting: false, integration: replacement, reads: sharer}\n"
+    )
+    assert train(place, tmp_path / "x", "--set", "max_steps=1", "--sweep", str(file)) == 0
+    table = (tmp_path / "x" / "sweep.md").read_text()
+    assert table in capsys.readouterr().out and table.startswith("| run | name | evaluation loss |")
+    rows = json.loads((tmp_path / "x" / "sweep.json").read_text())["runs"]
+    variants = {
+        row["name"]: c2c_ext.Fuser.from_pretrained(tmp_path / "x" / row["run"]).config.variant()
+        for row in rows
+    }
+    assert variants == {
+        "as it is": {},
+        "values only": {"kinds": ("value",), "gate": False},
+        "plain": {"weighting": False, "integration": "replacement", "reads": "sharer"},
+    }
+
+
 def test_the_published_device_and_dtype_train_where_there_is_no_gpu(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

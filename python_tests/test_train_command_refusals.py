@@ -71,6 +71,7 @@ def test_weights_that_cannot_be_read_are_one_clear_error(
         (["--sweep", "dtype=[fp32]"], "--sweep: 'dtype' cannot be swept; what can is lr,"),
         (["--sweep", "lr=[0.1, x]"], "--sweep: recipe: lr must be of type float, got 'x'"),
         (["--sweep", f"seed={list(range(65))}"], "must be at most 64 runs, these are 65"),
+        (["--sweep", "variants"], "--sweep: 'variants' is no KEY=[VALUE, ...] and no file"),
         (["--sweep", "lr=[0.1]", "--resume"], "--resume goes on with one run, not with a --sweep"),
         (["--sweep", "lr=[0.1]", "lr=[0.2]"], "--sweep: lr is given twice"),
         (["--sweep", "batch=[4, 3]"], "--sweep: recipe: batch (3) must be a multiple of micro"),

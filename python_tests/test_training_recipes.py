@@ -8,7 +8,9 @@ import pytest
 import tiny_models
 
 from c2c_ext.cli import main
+from c2c_ext.config import FuserConfig
 from c2c_ext.training.recipes import PUBLISHED, RECIPES, Recipe, load_recipe, parse_value
+from c2c_ext.training.sweep import load_variants
 
 DOCS = Path(__file__).parent.parent / "docs" / "training.md"
 
@@ -84,6 +86,8 @@ def test_a_yaml_file_changes_a_recipe(tmp_path: Path) -> None:
         ("batch: true", "batch must be of type int, got True"),
         ("batch: '8'", "batch must be of type int, got '8'"),
         ("batch: 0", "batch must be in 1..1.67772e.07, got 0"),
+        ("kinds: key", r"kinds must be of type list\[str\] or null, got 'key'"),
+        ("gate: 0.5", "gate must be of type bool, got 0.5"),
         ("truncate: 1", "truncate must be of type bool, got 1"),
         ("layer_map: [1, x]", r"layer_map must be of type str or list\[int\], got \[1, 'x'\]"),
         ("layer_map: first", "layer_map must be one of last_aligned, k_nearest, depth or a list"),
@@ -108,6 +112,44 @@ def test_a_wrong_setting_is_named(tmp_path: Path, text: str, message: str) -> No
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
         load_recipe(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_selects_every_variant_of_a_fuser() -> None:
+    receiver, sharer = tiny_models.receiver_model(), tiny_models.sharer_model()
+
+    def config(**changes: object) -> FuserConfig:
+        recipe = replace(PUBLISHED, hidden_size=8, **changes)
+        return recipe.fuser_config(receiver.config, sharer.config)
+
+    assert config(kinds=["value"], gate=False, weighting=False).variant() == {
+        "kinds": ("value",),
+        "weighting": False,
+        "gate": False,
+    }
+    assert config().variant() == {} and not config(projection="linear").weighting
+    with pytest.raises(ValueError, match="kinds must be"):
+        config(kinds=["gate"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "must hold 1 to 64 variants, these are 0"),
+        ("- a", "must be a mapping of settings, got list"),
+        ("1: {}", "a variant must have a printable name, got 1"),
+        ("' ': {}", "a variant must have a printable name, got ' '"),
+        ("a: 3", "a must be a mapping of settings, got 3"),
+        ("a: {dtype: bf16}", "a: 'dtype' cannot be swept; what can is lr, schedule"),
+        ("a: {}\nb: {lr: 0}", "b: recipe: lr must be above 0"),
+        ("a: {}\na: {lr: 1}", "duplicate keys: a"),
+    ],
+)
+def test_a_wrong_file_of_variants_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "variants.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_variants(path, PUBLISHED)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import FuserConfig
 from ..facts import MODEL_CONFIG_NAME, ModelFacts, read_model
-from ..messages import shown_name
+from ..messages import shown, shown_name
 from ..model_card import HUB_ID
 from ..serialization import CONFIG_NAME, WEIGHTS_NAME
 from . import dry_run
@@ -19,7 +19,7 @@ from .data import is_file_place
 from .places import check_prompt_caches, check_writable
 from .recipes import Recipe, load_recipe, parse_value
 from .run import SIDES, Setup, check_no_run, is_first, leave_processes, load_setup, run_once
-from .sweep import DATA_NAME, TABLE_NAME, check_grid, run_sweep
+from .sweep import DATA_NAME, TABLE_NAME, check_grid, load_variants, run_sweep
 
 SWEEP_NAMES = (TABLE_NAME, DATA_NAME)
 
@@ -51,7 +51,8 @@ def run_train(
         prompt_caches: a directory of what both models prefill; written if it is not there.
         resume: go on from the last checkpoint in ``output``.
         dry: only say what it would take.
-        sweep: ``key=[value, ...]``: train once for every combination and compare.
+        sweep: ``key=[value, ...]``: train once for every combination and compare; or a YAML file
+            of named variants (`load_variants`).
 
     Raises:
         ValueError, TypeError, OSError: bad input; says what and where.
@@ -59,7 +60,16 @@ def run_train(
     recipe = load_recipe(config).changed(_parsed(changes, "--set"), "--set")
     if bad_data is not None:
         recipe = recipe.changed({"bad_data": bad_data}, "--bad-data")
-    grid = None if sweep is None else check_grid(_parsed(sweep, "--sweep"), recipe)
+    grid, names = None, None
+    if sweep is not None and len(sweep) == 1 and "=" not in sweep[0]:
+        if not Path(sweep[0]).is_file():
+            raise FileNotFoundError(
+                f"--sweep: {shown(sweep[0])} is no KEY=[VALUE, ...] and no file"
+            )
+        variants = load_variants(Path(sweep[0]), recipe)
+        grid, names = list(variants.values()), list(variants)
+    elif sweep is not None:
+        grid = check_grid(_parsed(sweep, "--sweep"), recipe)
     if resume and sweep is not None:
         raise ValueError("--resume goes on with one run, not with a --sweep")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -95,7 +105,7 @@ def run_train(
         raise ValueError(str(error)) from error
     try:
         if grid is not None:
-            return run_sweep(setup, recipe, grid, Path(output), run_once)
+            return run_sweep(setup, recipe, grid, Path(output), run_once, names)
         return _run(setup, recipe, output, resume)
     finally:
         leave_processes()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..config import FuserConfig
+from ..config import KINDS, FuserConfig
 from ..files import MAX_JSON_BYTES, listed, open_regular
 from ..messages import shown, shown_name
 from .collator import CHAT_TEMPLATES, LABELS, PADDING
@@ -81,6 +81,9 @@ class Recipe:
     projection: str = "mlp"
     reads: str | None = None
     integration: str = "residual"
+    kinds: list[str] | None = None
+    weighting: bool | None = None
+    gate: bool = True
     zero_output: bool = False
     # The gates (`GateSampler`).
     gate_sampler: str = "logistic"
@@ -190,6 +193,9 @@ class Recipe:
             projection=self.projection,
             reads=self.reads,
             integration=self.integration,
+            kinds=KINDS if self.kinds is None else self.kinds,
+            weighting=self.weighting,
+            gate=self.gate,
         )
 
     def sampler(self) -> GateSampler:
@@ -247,6 +253,20 @@ def load_recipe(place: str | Path) -> Recipe:
         raise FileNotFoundError(
             f"--config: there is no file {path}, and no recipe of that name ({', '.join(RECIPES)})"
         )
+    data = read_mapping(path)
+    base = data.pop("base", "published")
+    if not isinstance(base, str) or base not in RECIPES:
+        raise ValueError(f"{path}: base must be one of {', '.join(RECIPES)}, got {shown(base)}")
+    return RECIPES[base].changed(data, str(path))
+
+
+def read_mapping(path: Path) -> dict[Any, Any]:
+    """The mapping in a YAML file, as it is there.
+
+    Raises:
+        ValueError: no YAML, no mapping, or a key that is there twice; names the file.
+        OSError: it cannot be read.
+    """
     with open_regular(path, MAX_JSON_BYTES) as file:
         text = file.read()
     try:
@@ -256,10 +276,7 @@ def load_recipe(place: str | Path) -> Recipe:
         raise ValueError(f"{path} is not valid YAML: {what}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} must be a mapping of settings, got {type(data).__name__}")
-    base = data.pop("base", "published")
-    if not isinstance(base, str) or base not in RECIPES:
-        raise ValueError(f"{path}: base must be one of {', '.join(RECIPES)}, got {shown(base)}")
-    return RECIPES[base].changed(data, str(path))
+    return data
 
 
 def parse_value(text: str) -> Any:
