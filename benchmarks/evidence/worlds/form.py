@@ -46,29 +46,35 @@ def train(seed: int, directory: Path) -> dict:
         directory: gets receiver, sharer, fuser, identical, and the fusers' data.
 
     Returns:
-        ``world`` (its digest), ``models`` (their recipe), and by stage seconds, parameters and, of
-        fusers, the recipe.
+        ``world`` (its digest), ``models`` (their recipe), ``cpu_seconds``, and by stage seconds,
+        parameters and, of fusers, the recipe.
 
     Raises:
         subprocess.CalledProcessError: a training failed; it has said why.
     """
     result = train_models(seed, directory)
     for name in FUSERS:
-        result["stages"][name] = train_fuser(name, seed, directory)
+        stage = result["stages"][name] = train_fuser(name, seed, directory)
+        result["cpu_seconds"] = round(result["cpu_seconds"] + stage["cpu_seconds"], 1)
     return result
 
 
 def train_models(seed: int, directory: Path) -> dict:
     """The first part of `train`: the two models and the fusers' data."""
     made = directory.resolve() / "models"
-    _python("-m", "c2c_ext.demo.train", "--seed", seed, "--output", made)
-    _python("-m", "c2c_ext.demo.export", made.parent, "--pair", made, "--seed", seed)
+    cpu_seconds = _python("-m", "c2c_ext.demo.train", "--seed", seed, "--output", made)
+    cpu_seconds += _python("-m", "c2c_ext.demo.export", made.parent, "--pair", made, "--seed", seed)
     log = json.loads((made / "log.json").read_text())
     stages = {
         name: {key: stage[key] for key in ("seconds", "parameters")}
         for name, stage in log["training"].items()
     }
-    return {"world": log["world"], "models": log["recipe"], "stages": stages}
+    return {
+        "cpu_seconds": round(cpu_seconds, 1),
+        "world": log["world"],
+        "models": log["recipe"],
+        "stages": stages,
+    }
 
 
 def train_fuser(name: str, seed: int, directory: Path) -> dict:
@@ -81,7 +87,7 @@ def train_fuser(name: str, seed: int, directory: Path) -> dict:
         sharer = "receiver"
         layers = json.loads((directory / sharer / "config.json").read_text())["num_hidden_layers"]
         settings.append(f"layer_map={[layers - 1] * layers}")
-    _python(
+    cpu_seconds = _python(
         *("-m", "c2c_ext.cli", "train", "--data", directory / "train.jsonl"),
         *("--receiver", directory / "receiver", "--sharer", directory / sharer),
         *("--config", "tiny", "--set", *settings, "--output", directory / name),
@@ -89,13 +95,21 @@ def train_fuser(name: str, seed: int, directory: Path) -> dict:
     log = json.loads((directory / name / "training_log.json").read_text())
     return {
         **{key: log[key] for key in ("seconds", "train_loss", "recipe")},
+        "cpu_seconds": round(cpu_seconds, 1),
         "parameters": sum(p.numel() for p in Fuser.from_pretrained(directory / name).parameters()),
     }
 
 
-def _python(*arguments: object) -> None:
+def _python(*arguments: object) -> float:
+    """Runs Python with one thread; the seconds of CPU time that took."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    before = os.times()
     subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, check=True)
+    after = os.times()
+    return sum(
+        getattr(after, field) - getattr(before, field)
+        for field in ("children_user", "children_system")
+    )
 
 
 def evaluate(seed: int, directory: Path) -> list[Cell]:
