@@ -180,9 +180,8 @@ def answer_t2t(pair: Pair, questions: Questions, write: Callable[..., Tensor]) -
     return of_values(logits, questions.asked)
 
 
-@torch.no_grad()
-def answer_mismatched(pair: Pair, questions: Questions, seed: int) -> Tensor:
-    """C2C on the cache of another question, about another entity: logits [Q, 8].
+def other_forms(world: w.World, questions: Questions, seed: int) -> Tensor:
+    """Token ids [Q, 3 + K] of blank forms of other questions, about other entities.
 
     The other entities are train entities: among those each value is equally frequent, whereas the
     held-out entities other than the asked one hold its value less often than one time in eight.
@@ -191,8 +190,13 @@ def answer_mismatched(pair: Pair, questions: Questions, seed: int) -> Tensor:
     count = len(questions.asked)
     entities = torch.randint(w.NUM_TRAIN, (count,), generator=generator)
     asked = torch.randint(w.NUM_ATTRIBUTES, (count,), generator=generator)
-    forms = random_forms(asked, questions.size, generator)
-    other = prefill(pair.sharer, pair.world.blank_form(entities, forms))
+    return world.blank_form(entities, random_forms(asked, questions.size, generator))
+
+
+@torch.no_grad()
+def answer_mismatched(pair: Pair, questions: Questions, seed: int) -> Tensor:
+    """C2C on the cache of another question (`other_forms`): logits [Q, 8]."""
+    other = prefill(pair.sharer, other_forms(pair.world, questions, seed))
     return answer_c2c(pair, questions, other)
 
 
@@ -204,21 +208,22 @@ def answer_zero(pair: Pair, questions: Questions) -> Tensor:
     return answer_c2c(pair, questions, zero)
 
 
-@torch.no_grad()
-def answer_swapped(pair: Pair, questions: Questions) -> tuple[Tensor, Tensor]:
-    """C2C on the same form's cache about another held-out entity: logits [Q, 8], its answers [Q].
-
-    The other entity is the next one that has a different value of the asked attribute.
-    """
-    world, asked = pair.world, questions.asked
-    others = questions.entities.clone()
+def other_entities(world: w.World, questions: Questions) -> Tensor:
+    """For each question the next held-out entity [Q] with another value of what is asked."""
+    asked, others = questions.asked, questions.entities.clone()
     for _ in world.held_out:
         same = world.facts[others, asked] == world.facts[questions.entities, asked]
         following = (others + 1 - w.NUM_TRAIN) % w.NUM_HELD_OUT + w.NUM_TRAIN
         others = torch.where(same, following, others)
-    cache = prefill(pair.sharer, world.blank_form(others, questions.attributes))
-    logits = answer_c2c(pair, questions, cache)
-    return logits, questions.answers(world, others)
+    return others
+
+
+@torch.no_grad()
+def answer_swapped(pair: Pair, questions: Questions) -> tuple[Tensor, Tensor]:
+    """C2C on the same form's cache about `other_entities`: logits [Q, 8], their answers [Q]."""
+    others = other_entities(pair.world, questions)
+    cache = prefill(pair.sharer, pair.world.blank_form(others, questions.attributes))
+    return answer_c2c(pair, questions, cache), questions.answers(pair.world, others)
 
 
 def chance_interval(
