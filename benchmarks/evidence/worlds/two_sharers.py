@@ -32,7 +32,7 @@ TITLE = "Two sharers, each knows half, and the answer needs both"
 RECIPE, FUSER_RECIPE = tr.Recipe(), f.FuserRecipe()
 SIZES = (2, 6, 12)
 MODELS = ("sharer_a", "sharer_b", "receiver")
-FUSERS = ("fuser_a", "fuser_b", "joint_a", "joint_b", "identical")
+FUSERS = ("fuser_a", "fuser_b", "identical")
 
 
 @dataclass
@@ -43,7 +43,6 @@ class Models:
     receiver: PreTrainedModel
     sharers: list[PreTrainedModel]
     fusers: list[c2c_ext.Fuser]  # one per sharer, trained alone
-    joint: list[c2c_ext.Fuser]  # trained together, on questions that need both
     identical: c2c_ext.Fuser  # of the receiver as its own sharer
 
 
@@ -57,48 +56,44 @@ def train(
     torch.set_num_threads(1)  # the order of additions, and so every bit, depends on it
     world, stages = t.make_world(seed), {}
 
-    def timed(names: tuple[str, ...], make: Callable[[tr.Report], Any]) -> list[Any]:
+    def timed(name: str, make: Callable[[tr.Report], Any]) -> Any:
         started, curve = time.perf_counter(), []
 
         def report(step: int, **values: float) -> None:
             curve.append({"step": step, **{k: round(float(v), 4) for k, v in values.items()}})
-            print(names[0], curve[-1], flush=True)
+            print(name, curve[-1], flush=True)
 
         made = make(report)
-        made = made if isinstance(made, list) else [made]
-        for name, one in zip(names, made, strict=True):
-            one.save_pretrained(directory / name)
-        stages[names[0]] = {
+        made.save_pretrained(directory / name)
+        stages[name] = {
             "seconds": round(time.perf_counter() - started, 1),
-            "parameters": sum(p.numel() for one in made for p in one.parameters()),
+            "parameters": sum(p.numel() for p in made.parameters()),
             "curve": curve,
         }
         return made
 
-    models = []
-    for sharer in range(len(t.SHARERS)):
-        models += timed(
-            (MODELS[sharer],),
-            lambda report, k=sharer: tr.train_sharer(world, k, recipe, 4 * seed + k, report),
+    models = [
+        timed(
+            MODELS[k], lambda report, k=k: tr.train_sharer(world, k, recipe, 4 * seed + k, report)
         )
-    (receiver,) = timed(
-        ("receiver",), lambda report: tr.train_receiver(world, recipe, 4 * seed + 2, report)
+        for k in range(len(t.SHARERS))
+    ]
+    receiver = timed(
+        "receiver", lambda report: tr.train_receiver(world, recipe, 4 * seed + 2, report)
     )
     for model in (*models, receiver):
         model.eval().requires_grad_(False)
-    both = list(enumerate(models))
     plans = {
-        ("fuser_a",): ([(models[0], 0)], 0),
-        ("fuser_b",): ([(models[1], 1)], 1),
-        ("joint_a", "joint_b"): ([(model, k) for k, model in both], None),
-        ("identical",): ([(receiver, None)], None),
+        "fuser_a": ((models[0], 0), 0),
+        "fuser_b": ((models[1], 1), 1),
+        "identical": ((receiver, None), None),
     }
-    for place, (names, (sharers, about)) in enumerate(plans.items()):
+    for place, (name, (sharer, about)) in enumerate(plans.items()):
         timed(
-            names,
-            lambda report, s=sharers, a=about, p=place: f.train_fusers(
-                world, receiver, s, a, fuser_recipe, 8 * seed + p, report
-            ),
+            name,
+            lambda report, s=sharer, a=about, p=place: f.train_fusers(
+                world, receiver, [s], a, fuser_recipe, 8 * seed + p, report
+            )[0],
         )
     return {
         "world": world.digest(),
@@ -120,7 +115,7 @@ def load(seed: int, directory: Path) -> Models:
         c2c_ext.Fuser.from_pretrained(directory / name).eval().requires_grad_(False)
         for name in FUSERS
     ]
-    return Models(t.make_world(seed), receiver, sharers, fusers[:2], fusers[2:4], fusers[4])
+    return Models(t.make_world(seed), receiver, sharers, fusers[:2], fusers[2])
 
 
 def evaluate(seed: int, directory: Path) -> list[Cell]:
@@ -261,8 +256,6 @@ def answer_all(models: Models, questions: f.Questions, name: str) -> Cell:
     found["c2c_everywhere_b_a"] = asking.fused(
         caches[::-1], everywhere, models.fusers[::-1], "sequential"
     )
-    found["c2c_joint"] = asking.fused(caches, own, models.joint)
-    found["c2c_joint_everywhere"] = asking.fused(caches, everywhere, models.joint)
 
     generator = torch.Generator().manual_seed(world.seed)
     others = torch.randint(len(world.train), (len(entities),), generator=generator)

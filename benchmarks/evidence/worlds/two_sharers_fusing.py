@@ -35,7 +35,7 @@ class FuserRecipe:
     training: Training = field(default_factory=lambda: _TRAINING)
     sizes: tuple[int, ...] = (4, 6, 12)  # of the forms
     questions: int = 3  # of one fused cache
-    everywhere: float = 0.5  # share of batches in which the other's attributes are fused too
+    written: float = 0.5  # share of batches in which the other's attributes have values, as text
 
 
 @dataclass
@@ -85,16 +85,17 @@ def held_out_questions(
 ) -> Questions:
     """All questions of a kind about held-out entities, each with a form of its own.
 
-    `which`: one of each sharer's attributes, in either order, 36 pairs. `is`: this sharer's six.
+    `is`: the six attributes that this sharer knows. `which`: six pairs, in either order, that have
+    each attribute once, drawn anew for every size of forms.
     """
     generator = torch.Generator().manual_seed(1000 * world.seed + size)
     if kind == t.IS:
-        asked = torch.stack([t.owned(sharer), t.owned(sharer).roll(1)], dim=1)
-        # The second one is not asked for, and so need not be in the form.
+        pairs = torch.stack([t.owned(sharer), t.owned(sharer).roll(1)], dim=1)
     else:
-        asked = torch.cartesian_prod(t.owned(0), t.owned(1))
-    entities = world.held_out.repeat_interleave(len(asked))
-    asked = asked.repeat(len(world.held_out), 1)
+        partners = t.owned(1)[torch.randperm(t.OWNED, generator=generator)]
+        pairs = torch.stack([t.owned(0), partners], dim=1)
+    entities = world.held_out.repeat_interleave(len(pairs))
+    asked = pairs.repeat(len(world.held_out), 1)
     if kind == t.WHICH_SUM:
         swap = torch.rand(len(asked), generator=generator) < 0.5
         asked = torch.where(swap[:, None], asked.flip(1), asked)
@@ -102,12 +103,21 @@ def held_out_questions(
     return Questions(kind, entities, forms_with(needed, size, generator), asked)
 
 
-def token_map(forms: Tensor, sharer: int | None = None) -> Tensor:
-    """int64 [Q, 3 + K]: attributes are fused with the same token; with a sharer only its own."""
+def token_map(forms: Tensor, sharer: int | None = None, given: Tensor | None = None) -> Tensor:
+    """int64 [Q, N]: attributes are fused with the sharer's same ones; with a sharer only its own.
+
+    Args:
+        given: bool [Q, K], as many in every row, which of the receiver's attributes a value
+            follows; none of them without it. The sharer reads the blank form.
+    """
+    given = torch.zeros_like(forms, dtype=torch.bool) if given is None else given
     places = torch.arange(w.FORM_START, w.FORM_START + forms.shape[1]).expand(forms.shape)
     if sharer is not None:
         places = places.masked_fill(t.owner(forms) != sharer, -1)
-    return torch.cat([places.new_full((len(forms), w.FORM_START), -1), places], dim=1)
+    before = given.long().cumsum(dim=1) - given.long()
+    width = w.FORM_START + forms.shape[1] + int(given[0].sum())
+    own = torch.arange(w.FORM_START, w.FORM_START + forms.shape[1]) + before
+    return torch.full((len(forms), width), -1).scatter(1, own, places)
 
 
 def read_on(receiver: PreTrainedModel, cache: KV, ids: Tensor, keep: int = 1) -> Tensor:
@@ -134,9 +144,11 @@ def train_fusers(
     """One fuser for every sharer, on questions about train entities; all models stay frozen.
 
     Args:
-        sharers: with what each owns; None: nothing, its fuser writes at every attribute.
+        sharers: with the place of each; None: its fuser writes at every attribute.
         about: the sharer whose attributes are asked for, by `is` and in pairs of its own by
-            `which`; None: pairs of one attribute of each.
+            `which`. In part of the batches the other's attributes have values, in the receiver's
+            text; invented ones, and asked for as well: what is fused must leave them readable.
+            None: one attribute of each sharer.
     """
     generator = torch.Generator().manual_seed(seed + 20)
     fusers = []
@@ -156,20 +168,24 @@ def train_fusers(
         places = torch.randint(len(world.train), (recipe.training.batch,), generator=generator)
         entities, size = world.train[places], pick(recipe.sizes, generator)
         forms = forms_with(entities[:, None][:, :0], size, generator)
-        everywhere = float(torch.rand((), generator=generator)) < recipe.everywhere
-        maps = [token_map(forms, None if everywhere else owner) for _, owner in sharers]
+        given = torch.zeros_like(forms, dtype=torch.bool)
+        written = float(torch.rand((), generator=generator)) < recipe.written
+        if about is not None and written:
+            given = t.owner(forms) != about
+        invented = torch.randint(w.NUM_VALUES, forms.shape, generator=generator)
+        values = torch.where(given, invented, world.facts[entities[:, None], forms])
+        maps = [token_map(forms, owner, given) for _, owner in sharers]
         ids, targets, ends = [], [], []
         for _ in range(recipe.questions):
             kind = pick((t.IS, t.WHICH_SUM), generator)
-            asked = _two_of(forms, about, generator)
-            questions = Questions(kind, entities, forms, asked)
-            ids.append(questions.ids())
-            targets.append(questions.answers(world))
+            places = _two_of(forms, None if given.any() else about, about is None, generator)
+            asked, facts = forms.gather(1, places), values.gather(1, places)
+            ids.append(t.question(kind, asked[:, 0], asked[:, 1]))
+            targets.append(answer_ids(world, kind, asked, facts))
             ends.append(sum(part.shape[1] for part in ids) - 1)
-        form = world.blank_form(entities, forms)
         with torch.no_grad():
-            clean = prefill(receiver, form)
-            shared = [prefill(sharer, form) for sharer, _ in sharers]
+            clean = prefill(receiver, world.form(entities, forms, values, given))
+            shared = [prefill(sharer, world.blank_form(entities, forms)) for sharer, _ in sharers]
         fused = c2c_ext.fuse(clean, shared, fusers, token_map=maps)
         read = torch.cat(ids, dim=1)
         logits = read_on(receiver, fused, read, keep=read.shape[1])[:, ends]
@@ -181,14 +197,16 @@ def train_fusers(
     return [fuser.eval().requires_grad_(False) for fuser in fusers]
 
 
-def _two_of(forms: Tensor, sharer: int | None, generator: torch.Generator) -> Tensor:
-    """Two attributes [B, 2] of each form: of this sharer's, or one of each in either order."""
+def _two_of(
+    forms: Tensor, sharer: int | None, one_of_each: bool, generator: torch.Generator
+) -> Tensor:
+    """Places [B, 2] of two attributes of each form: of this sharer's, one of each, or any two."""
     score = torch.rand(forms.shape, generator=generator)
     if sharer is not None:
-        places = score.masked_fill(t.owner(forms) != sharer, 2.0).argsort(dim=1)[:, :2]
-        return forms.gather(1, places)
-    first = score.masked_fill(t.owner(forms) != 0, 2.0).argmin(dim=1)
-    second = score.masked_fill(t.owner(forms) != 1, 2.0).argmin(dim=1)
-    asked = forms.gather(1, torch.stack([first, second], dim=1))
+        score = score.masked_fill(t.owner(forms) != sharer, 2.0)
+    if not one_of_each:
+        return score.argsort(dim=1)[:, :2]
+    each = [score.masked_fill(t.owner(forms) != k, 2.0).argmin(1) for k in range(len(t.SHARERS))]
+    places = torch.stack(each, dim=1)
     swap = torch.rand(len(forms), generator=generator) < 0.5
-    return torch.where(swap[:, None], asked.flip(1), asked)
+    return torch.where(swap[:, None], places.flip(1), places)
