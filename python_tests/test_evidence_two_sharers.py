@@ -171,8 +171,8 @@ def test_no_fuser_is_trained_on_a_held_out_entity(
 
     monkeypatch.setattr(f, "prefill", spy)
     recipe = f.FuserRecipe(training=f.Training(steps=3, lr=1e-3, batch=16), hidden_size=8)
-    sharers = [(models.sharers[0], 0)] if about == 0 else [(models.receiver, None)]
-    (fuser,) = f.train_fusers(world, models.receiver, sharers, about, recipe, 0, lambda *a, **k: 0)
+    sharer = models.receiver if about is None else models.sharers[about]
+    fuser = f.train_fuser(world, models.receiver, sharer, about, recipe, 0, lambda *a, **k: 0)
     names = set(torch.cat(read).tolist())
     assert names and names <= set(world.name_ids[world.train].tolist())
     assert not any(p.requires_grad for p in fuser.parameters())

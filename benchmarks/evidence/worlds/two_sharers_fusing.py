@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import c2c_ext
@@ -21,7 +20,7 @@ from c2c_ext.training.run import new_fuser
 
 LOG_EVERY = 25
 _TRAINING = Training(
-    steps=400, lr=3e-3, warm_up=20, last=0.05, betas=(0.9, 0.999), weight_decay=0.1
+    steps=300, lr=3e-3, warm_up=20, last=0.05, betas=(0.9, 0.999), weight_decay=0.1
 )
 
 
@@ -132,37 +131,36 @@ def read_on(receiver: PreTrainedModel, cache: KV, ids: Tensor, keep: int = 1) ->
     return receiver(input_ids=ids, past_key_values=past, logits_to_keep=keep).logits
 
 
-def train_fusers(
+def train_fuser(
     world: t.TwoSharerWorld,
     receiver: PreTrainedModel,
-    sharers: Sequence[tuple[PreTrainedModel, int | None]],
+    sharer: PreTrainedModel,
     about: int | None,
     recipe: FuserRecipe,
     seed: int,
     report: Report,
-) -> list[c2c_ext.Fuser]:
-    """One fuser for every sharer, on questions about train entities; all models stay frozen.
+) -> c2c_ext.Fuser:
+    """A fuser trained on questions about train entities; both models stay frozen.
 
     Args:
-        sharers: with the place of each; None: its fuser writes at every attribute.
-        about: the sharer whose attributes are asked for, by `is` and in pairs of its own by
-            `which`. In part of the batches the other's attributes have values, in the receiver's
-            text; invented ones, and asked for as well: what is fused must leave them readable.
-            None: one attribute of each sharer.
+        about: the place of the sharer among the two: its attributes are fused and asked for, by
+            `is` and in pairs by `which`. In part of the batches the other's attributes have values,
+            in the receiver's text, and are asked for as well: what is fused must leave them
+            readable. These values are invented, so nothing of the other sharer is learnt.
+            None: the sharer is the receiver itself. Everything is fused, one attribute of each
+            half is asked for.
     """
     generator = torch.Generator().manual_seed(seed + 20)
-    fusers = []
-    for k, (sharer, _) in enumerate(sharers):
-        last = range(sharer.config.num_hidden_layers)[recipe.sharer_layer]
-        init = load_recipe("tiny").changed(
-            {
-                "layer_map": [last] * receiver.config.num_hidden_layers,
-                "hidden_size": recipe.hidden_size,
-                "gate_init": recipe.gate_init,
-                "seed": seed + k,
-            }
-        )
-        fusers.append(new_fuser(init, receiver.config, sharer.config))
+    last = range(sharer.config.num_hidden_layers)[recipe.sharer_layer]
+    init = load_recipe("tiny").changed(
+        {
+            "layer_map": [last] * receiver.config.num_hidden_layers,
+            "hidden_size": recipe.hidden_size,
+            "gate_init": recipe.gate_init,
+            "seed": seed,
+        }
+    )
+    fuser = new_fuser(init, receiver.config, sharer.config)
 
     def loss_at(step: int) -> Tensor:
         places = torch.randint(len(world.train), (recipe.training.batch,), generator=generator)
@@ -174,7 +172,6 @@ def train_fusers(
             given = t.owner(forms) != about
         invented = torch.randint(w.NUM_VALUES, forms.shape, generator=generator)
         values = torch.where(given, invented, world.facts[entities[:, None], forms])
-        maps = [token_map(forms, owner, given) for _, owner in sharers]
         ids, targets, ends = [], [], []
         for _ in range(recipe.questions):
             kind = pick((t.IS, t.WHICH_SUM), generator)
@@ -185,16 +182,17 @@ def train_fusers(
             ends.append(sum(part.shape[1] for part in ids) - 1)
         with torch.no_grad():
             clean = prefill(receiver, world.form(entities, forms, values, given))
-            shared = [prefill(sharer, world.blank_form(entities, forms)) for sharer, _ in sharers]
-        fused = c2c_ext.fuse(clean, shared, fusers, token_map=maps)
+            shared = prefill(sharer, world.blank_form(entities, forms))
+        # With gradients and without noise: gates stay as they are.
+        fused = c2c_ext.fuse(clean, shared, fuser, token_map=token_map(forms, about, given))
         read = torch.cat(ids, dim=1)
         logits = read_on(receiver, fused, read, keep=read.shape[1])[:, ends]
         return F.cross_entropy(logits.flatten(0, 1), torch.stack(targets, dim=1).flatten())
 
-    for step, loss in optimise(nn.ModuleList(fusers), recipe.training, loss_at):
+    for step, loss in optimise(fuser, recipe.training, loss_at):
         if step % LOG_EVERY == 0 or step == recipe.training.steps - 1:
             report(step, loss=loss)
-    return [fuser.eval().requires_grad_(False) for fuser in fusers]
+    return fuser.eval().requires_grad_(False)
 
 
 def _two_of(

@@ -49,7 +49,7 @@ class Recipe:
     other_words: float = 0.1  # weight of the loss at words that are not values
     early_exit: float = 1.0  # weight of the loss of the last layer's input
 
-    receiver: Training = field(default_factory=lambda: Training(steps=1500, lr=3e-3))
+    receiver: Training = field(default_factory=lambda: Training(steps=1000, lr=3e-3))
     blank: float = 0.05  # share of batches without values: there the receiver learns to guess
     left_out: tuple[float, ...] = (0.0, 0.0, 0.5)  # share of values left out of the others
     first_sizes: tuple[int, ...] = (2, 2, 3)  # form sizes until both kinds are learnt at K = 3
