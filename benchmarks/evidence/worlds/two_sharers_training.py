@@ -49,11 +49,14 @@ class Recipe:
     other_words: float = 0.1  # weight of the loss at words that are not values
     early_exit: float = 1.0  # weight of the loss of the last layer's input
 
-    receiver: Training = field(default_factory=lambda: Training(steps=1000, lr=3e-3))
+    receiver: Training = field(default_factory=lambda: Training(steps=1500, lr=3e-3))
     blank: float = 0.05  # share of batches without values: there the receiver learns to guess
     left_out: tuple[float, ...] = (0.0, 0.0, 0.5)  # share of values left out of the others
-    first_sizes: tuple[int, ...] = (2, 2, 3)  # form sizes until both kinds are learnt at K = 3
+    first_sizes: tuple[int, ...] = (2, 2, 3)  # form sizes until `is` is learnt at K = 3
     later_sizes: tuple[int, ...] = (2, 3, 6, 12)
+    # Likewise. With both kinds from the start, seed 1 had not learnt `is` after 1,000 steps.
+    first_kinds: tuple[str, ...] = (t.IS,)
+    later_kinds: tuple[str, ...] = (t.IS, t.WHICH_SUM, t.WHICH_SUM)
     questions: tuple[int, ...] = (1, 6)  # in a row, after one form
     learnt: float = 0.9
     stop: float = 0.995
@@ -207,15 +210,15 @@ def train_receiver(
     torch.manual_seed(seed + 10)
     generator = torch.Generator().manual_seed(seed + 10)
     model = new_model(recipe.receiver_model, recipe.init_std)
-    sizes = recipe.first_sizes
+    sizes, kinds = recipe.first_sizes, recipe.first_kinds
 
     def loss_at(step: int) -> Tensor:
         count = pick(recipe.questions, generator)
-        kinds = [pick((t.IS, t.WHICH_SUM, t.WHICH_SUM), generator) for _ in range(count)]
+        asked = [pick(kinds, generator) for _ in range(count)]
         blank = float(torch.rand((), generator=generator)) < recipe.blank
         left_out = 1.0 if blank else pick(recipe.left_out, generator)
         ids, targets, places = receiver_batch(
-            world, pick(sizes, generator), kinds, left_out, recipe.receiver.batch, generator
+            world, pick(sizes, generator), asked, left_out, recipe.receiver.batch, generator
         )
         start = places[0]
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - start).logits
@@ -238,7 +241,7 @@ def train_receiver(
             }
             report(step, loss=loss, **right)
             if right["is_3"] > recipe.learnt:
-                sizes = recipe.later_sizes
+                sizes, kinds = recipe.later_sizes, recipe.later_kinds
             if min(right.values()) >= recipe.stop:
                 break
     return model
