@@ -17,7 +17,7 @@ from c2c_ext.demo import world as w
 from c2c_ext.demo.train import IGNORE, Log, Training, optimise, pick
 
 LOG_EVERY = 50
-TRAINING = Training(steps=400, lr=4e-3)
+TRAINING = Training(steps=500, lr=4e-3)
 
 
 @dataclass(frozen=True)

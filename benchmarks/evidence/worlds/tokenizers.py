@@ -100,9 +100,9 @@ def train(seed: int, directory: Path) -> dict:
         parameters = sum(p.numel() for p in model.parameters())
         stages[name] = {"seconds": seconds, "parameters": parameters, "recipe": asdict(settings)}
         model.save_pretrained(directory / name)
-    receiver, sharer = _models(directory, "receiver", "sharer")
+    receiver, sharer = load_models(directory, "receiver", "sharer")
     for name, other, reader in (("fuser", sharer, new_reader()), ("identical", None, None)):
-        other = other or _models(directory, "receiver")[0]  # one that shares no weight with it
+        other = other or load_models(directory, "receiver")[0]  # one that shares no weight with it
         fuser, stages[name] = train_fuser(
             receiver,
             other,
@@ -114,7 +114,8 @@ def train(seed: int, directory: Path) -> dict:
     return {"world": world.digest(), "stages": stages}
 
 
-def _models(directory: Path, *names: str) -> list[PreTrainedModel]:
+def load_models(directory: Path, *names: str) -> list[PreTrainedModel]:
+    """Models by the names under which `train` saved them, frozen."""
     loaded = [LlamaForCausalLM.from_pretrained(directory / n, dtype=torch.float32) for n in names]
     return [model.eval().requires_grad_(False) for model in loaded]
 
@@ -166,7 +167,7 @@ def load(seed: int, directory: Path) -> Pair:
         Fuser.from_pretrained(directory / name).eval().requires_grad_(False)
         for name in ("fuser", "identical")
     ]
-    models = Models(*_models(directory, "receiver", "sharer"), *fusers)
+    models = Models(*load_models(directory, "receiver", "sharer"), *fusers)
     return Pair(w.make_world(seed), models, new_reader())
 
 
@@ -182,11 +183,7 @@ def evaluate(seed: int, directory: Path) -> list[Cell]:
 
 @torch.no_grad()
 def ask(name: str, pair: Pair, questions: ev.Questions, seed: int) -> Cell:
-    """One cell under every mode and control.
-
-    "wrong_map" fuses every attribute with the sharer's tokens of the form's next one, "index_map"
-    every token with the sharer's token of the same place, as if the tokenizers were equal.
-    """
+    """One cell under every mode and control."""
     world, models, size = pair.world, pair.models, questions.size
     form = world.blank_form(questions.entities, questions.attributes)
     shared, token_map = pair.reader(form)
@@ -209,10 +206,10 @@ def ask(name: str, pair: Pair, questions: ev.Questions, seed: int) -> Cell:
         "mismatched": answer_c2c(pair, questions, *other_questions(pair, size, len(form), draw)),
         "zero": answer_c2c(pair, questions, zeros_like(cache), places),
         "noise": answer_c2c(pair, questions, noise_like(cache, draw), places),
-        "wrong_map": answer_c2c(pair, questions, cache, places.roll(-1, dims=1)),
-        "index_map": answer_c2c(
-            pair, questions, cache, torch.arange(attributes.start, attributes.stop)
-        ),
+        **{
+            mode: answer_c2c(pair, questions, cache, wrong)
+            for mode, wrong in wrong_maps(places).items()
+        },
         "identical": answer_c2c(
             pair, questions, ev.prefill(models.receiver, form), None, models.identical
         ),
@@ -226,6 +223,17 @@ def ask(name: str, pair: Pair, questions: ev.Questions, seed: int) -> Cell:
     )
     right["swapped"] = swapped.argmax(dim=1) == questions.answers(world, others)
     return Cell(name, w.NUM_VALUES, right, {"t2t": size, "t2t_parallel": size})
+
+
+def wrong_maps(places: Tensor) -> dict[str, Tensor]:
+    """What must not work, given the right places ``[Q, K]`` of the form's attributes.
+
+    "wrong_map" fuses every attribute with the last token of the form's next one (the last with
+    the first's), "index_map" with the sharer's token of the receiver's own place, as if the
+    tokenizers were equal.
+    """
+    same = torch.arange(w.FORM_START, w.FORM_START + places.shape[1])
+    return {"wrong_map": places.roll(-1, dims=1), "index_map": same.expand_as(places)}
 
 
 def answer_c2c(
