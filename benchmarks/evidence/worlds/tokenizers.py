@@ -36,6 +36,7 @@ NAME = "tokenizers"
 TITLE = "Two tokenizers"
 
 FUSER_STEPS, FUSER_BATCH = 500, 128
+_OF_DEMOS_SHARER = ("sharer_model", "sharer", "omission", "other_words", "early_exit")
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,18 @@ def train(seed: int, directory: Path) -> dict:
     """
     torch.set_num_threads(1)
     world, log = w.make_world(seed), demo.Log(seed, demo.Recipe())
-    recipe = ps.Recipe()
     stages = {}
-    for name, make, settings in (
-        ("sharer", lambda: ps.train_sharer(world, recipe, seed, log), recipe),
-        ("receiver", lambda: demo.train_receiver(world, demo.Recipe(), seed, log), demo.Recipe()),
+    for name, make, recipe in (
+        ("sharer", ps.train_sharer, ps.Recipe()),
+        ("receiver", demo.train_receiver, demo.Recipe()),
     ):
-        started, model = time.perf_counter(), make()
+        started, model = time.perf_counter(), make(world, recipe, seed, log)
         seconds = round(time.perf_counter() - started, 1)
         parameters = sum(p.numel() for p in model.parameters())
-        stages[name] = {"seconds": seconds, "parameters": parameters, "recipe": asdict(settings)}
+        settings = asdict(recipe)
+        if name == "receiver":  # the demo's recipe has its own sharer's too
+            settings = {k: v for k, v in settings.items() if k not in _OF_DEMOS_SHARER}
+        stages[name] = {"seconds": seconds, "parameters": parameters, "recipe": settings}
         model.save_pretrained(directory / name)
     receiver, sharer = load_models(directory, "receiver", "sharer")
     for name, other, reader in (("fuser", sharer, new_reader()), ("identical", None, None)):
