@@ -19,8 +19,8 @@ from c2c_ext.demo import world as w
 
 SEED = 0
 MODES = {
-    *("receiver", "sharer", "routing", "ensemble", "t2t", "t2t_parallel", "c2c", "swapped"),
-    *("mismatched", "zero", "noise", "identical", "wrong_map", "index_map"),
+    *("receiver", "sharer", "routing", "ensemble", "t2t", "t2t_parallel", "t2t_asked", "c2c"),
+    *("swapped", "mismatched", "zero", "noise", "identical", "wrong_map", "index_map"),
 }
 
 
@@ -206,7 +206,7 @@ def test_ask_answers_under_every_mode(pair: tk.Pair, size: int) -> None:
     cell = tk.ask("a cell", pair, held_out(pair, size), SEED)
     assert set(cell.right) == MODES
     assert (cell.questions, cell.candidates) == (24, 8)
-    assert cell.written == {"t2t": size, "t2t_parallel": size}
+    assert cell.written == {"t2t": size, "t2t_parallel": size, "t2t_asked": 1}
     again = tk.ask("a cell", pair, held_out(pair, size), SEED)
     assert cell.to_json() == again.to_json()
 
@@ -219,4 +219,5 @@ def test_latency_names_the_parts(pair: tk.Pair) -> None:
         parts[mode] = set(watch.parts)
     text = {"sharer_writing", "text", "receiver"}
     fused = {"sharer_prefill", "receiver_prefill", "transfer", "fusing", "decode", "alignment"}
-    assert parts == {"receiver": set(), "t2t": text, "t2t_parallel": text, "c2c": fused}
+    by_text = dict.fromkeys(("t2t", "t2t_parallel", "t2t_asked"), text)
+    assert parts == {"receiver": set(), "c2c": fused, **by_text}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +205,7 @@ def ask(name: str, pair: Pair, questions: ev.Questions, seed: int) -> Cell:
         "ensemble": logs[0] + logs[1],
         "t2t": answer_text(pair, questions, ps.write_form),
         "t2t_parallel": answer_text(pair, questions, ps.read_values),
+        "t2t_asked": answer_text(pair, only_the_asked(questions), ps.write_form),
         "c2c": answer_c2c(pair, questions, cache, places),
         "mismatched": answer_c2c(pair, questions, *other_questions(pair, size, len(form), draw)),
         "zero": answer_c2c(pair, questions, zeros_like(cache), places),
@@ -225,7 +226,13 @@ def ask(name: str, pair: Pair, questions: ev.Questions, seed: int) -> Cell:
         pair, questions, ev.prefill(models.sharer, of_others), places[:, attributes]
     )
     right["swapped"] = swapped.argmax(dim=1) == questions.answers(world, others)
-    return Cell(name, w.NUM_VALUES, right, {"t2t": size, "t2t_parallel": size})
+    written = {"t2t": size, "t2t_parallel": size, "t2t_asked": 1}
+    return Cell(name, w.NUM_VALUES, right, written)
+
+
+def only_the_asked(questions: ev.Questions) -> ev.Questions:
+    """The same questions with forms of what is asked alone: the sharer was told."""
+    return replace(questions, attributes=questions.asked[:, None])
 
 
 def wrong_maps(places: Tensor) -> dict[str, Tensor]:
@@ -347,6 +354,7 @@ def modes_of_one(pair: Pair, questions: ev.Questions) -> dict[str, Callable[[Wat
         "receiver": lambda _: ev.answer_alone(pair.models.receiver, pair.world, one),
         "t2t": lambda watch: answer_text(pair, one, ps.write_one, watch),
         "t2t_parallel": lambda watch: answer_text(pair, one, ps.read_values, watch),
+        "t2t_asked": lambda watch: answer_text(pair, only_the_asked(one), ps.write_one, watch),
         "c2c": by_cache,
     }
 
