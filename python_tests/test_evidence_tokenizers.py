@@ -156,14 +156,18 @@ def test_fuser_is_trained_on_train_entities_and_attributes_alone(
     assert sizes == set(ev.FORM_SIZES)
 
 
-def test_writing_one_form_is_writing_it_in_a_batch(pair: tk.Pair) -> None:
-    entities, forms = pair.world.held_out[:6], torch.rand(6, 12).argsort(dim=1)
-    together = ps.write_form(pair.models.sharer, pair.world, entities, forms)
-    for i in range(6):
-        alone = ps.write_one(pair.models.sharer, pair.world, entities[i, None], forms[i, None])
-        assert torch.equal(alone[0], together[i])
-    at_once = ps.read_values(pair.models.sharer, pair.world, entities, forms)
-    assert torch.equal(at_once[:, 0], together[:, 0])  # until there, both have read the same
+@torch.no_grad()
+def test_writing_with_a_cache_is_reading_all_again(pair: tk.Pair) -> None:
+    sharer, world = pair.models.sharer, pair.world
+    entities, forms = world.held_out[:6], torch.rand(6, 12).argsort(dim=1)
+    written = ps.write_form(sharer, world, entities, forms)
+    filled = world.filled_form(entities, forms, written)
+    logits = ps.word_logits(sharer, filled, slice(w.FORM_START, None, 2))
+    values = word_pieces.value_ids(forms[..., None], torch.arange(w.NUM_VALUES))
+    assert torch.equal(logits.gather(2, values).argmax(dim=2), written)
+    at_once = ps.read_values(sharer, world, entities, forms)
+    assert torch.equal(at_once[:, 0], written[:, 0])  # until there, both have read the same
+    assert not torch.equal(at_once, written)
 
 
 @torch.no_grad()

@@ -85,29 +85,25 @@ def batch_of(
 
 @torch.no_grad()
 def write_form(sharer: PreTrainedModel, world: w.World, entities: Tensor, forms: Tensor) -> Tensor:
-    """The values [B, K] that the sharer writes into forms [B, K], one after the other."""
-    values = torch.zeros_like(forms)
-    for k in range(forms.shape[1]):
-        # Up to the slot's own attribute; the value behind it is not there yet.
-        words = world.filled_form(entities, forms[:, : k + 1], values[:, : k + 1])[:, :-1]
-        values[:, k] = _values_at(sharer, words, forms[:, k : k + 1], slice(-1, None))[:, 0]
-    return values
+    """The values [B, K] that the sharer writes into forms [B, K], one after the other.
 
-
-@torch.no_grad()
-def write_one(sharer: PreTrainedModel, world: w.World, entities: Tensor, forms: Tensor) -> Tensor:
-    """`write_form` for one form [1, K], as it is done where time counts: no token is read twice.
-
-    In a batch rows would differ in length from the first slot on.
+    No token is read twice. Rows get pieces in different numbers; what fills them up is masked.
     """
     cache, written = DynamicCache(), []
+    mask = torch.zeros(len(forms), 0, dtype=torch.long)
     words = world.blank_form(entities, forms[:, :1])
     for k in range(forms.shape[1]):
         if k:
             value = w.value_ids(forms[:, k - 1], written[-1])
             words = torch.stack([value, forms[:, k] + w.FIRST_ATTRIBUTE], dim=1)
-        ids, _ = pieces.pieces_of(words)
-        logits = sharer(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        ids, ends = pieces.pieces_of(words)
+        new = (ids != pieces.PAD).long()
+        positions = mask.sum(dim=1, keepdim=True) + new.cumsum(dim=1) - 1
+        mask = torch.cat([mask, new], dim=1)
+        hidden = sharer.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+        ).last_hidden_state
+        logits = sharer.lm_head(hidden[torch.arange(len(ids)), ends[:, -1]])
         values = pieces.value_ids(forms[:, k, None], torch.arange(w.NUM_VALUES))
         written.append(logits.gather(1, values).argmax(dim=1))
     return torch.stack(written, dim=1)
@@ -117,13 +113,8 @@ def write_one(sharer: PreTrainedModel, world: w.World, entities: Tensor, forms: 
 def read_values(sharer: PreTrainedModel, world: w.World, entities: Tensor, forms: Tensor) -> Tensor:
     """The values [B, K] that one prefill of the blank forms [B, K] gives, all slots at once."""
     words = world.blank_form(entities, forms)
-    return _values_at(sharer, words, forms, slice(w.FORM_START, None))
-
-
-def _values_at(sharer: PreTrainedModel, words: Tensor, attributes: Tensor, at: slice) -> Tensor:
-    """The values that follow the words in columns `at`, which are these attributes."""
-    logits = word_logits(sharer, words, at)
-    values = pieces.value_ids(attributes[..., None], torch.arange(w.NUM_VALUES))
+    logits = word_logits(sharer, words, slice(w.FORM_START, None))
+    values = pieces.value_ids(forms[..., None], torch.arange(w.NUM_VALUES))
     return logits.gather(2, values).argmax(dim=2)
 
 

@@ -127,7 +127,8 @@ def fuser_recipe(seed: int, sharer: PreTrainedModel) -> Recipe:
     """`c2c train`'s recipe for the demo: every receiver layer reads the sharer's last."""
     last = sharer.config.num_hidden_layers - 1
     changes = {"seed": seed, "layer_map": [last] * 3, "max_steps": FUSER_STEPS}
-    return load_recipe("tiny").changed(changes | {"anneal_steps": FUSER_STEPS})
+    changes |= {"anneal_steps": FUSER_STEPS, "batch": FUSER_BATCH, "micro_batch": FUSER_BATCH}
+    return load_recipe("tiny").changed(changes)
 
 
 def draw_batches(
@@ -352,9 +353,9 @@ def modes_of_one(pair: Pair, questions: ev.Questions) -> dict[str, Callable[[Wat
 
     return {
         "receiver": lambda _: ev.answer_alone(pair.models.receiver, pair.world, one),
-        "t2t": lambda watch: answer_text(pair, one, ps.write_one, watch),
+        "t2t": lambda watch: answer_text(pair, one, ps.write_form, watch),
         "t2t_parallel": lambda watch: answer_text(pair, one, ps.read_values, watch),
-        "t2t_asked": lambda watch: answer_text(pair, only_the_asked(one), ps.write_one, watch),
+        "t2t_asked": lambda watch: answer_text(pair, only_the_asked(one), ps.write_form, watch),
         "c2c": by_cache,
     }
 
