@@ -248,7 +248,8 @@ def test_a_seed_is_trained_asked_and_timed(tmp_path, monkeypatch, one_thread) ->
     monkeypatch.setattr(timing, "measure", lambda cell, modes: measure(cell, modes, rounds=2))
     found = syllables.train(1, tmp_path)
     assert found["world"] == w.WORLD_DIGESTS[1]
-    assert {"sharer", "receiver", "fuser", "identical"} < set(found)
+    for stage in ("sharer", "receiver", "fuser", "identical"):
+        assert {"seconds", "parameters"} < set(found["stages"][stage])
     cells = syllables.evaluate(1, tmp_path)
     assert [cell.name for cell in cells] == ["is, K = 3", "rivals, K = 3"]
     assert all("identical" in cell.right for cell in cells)

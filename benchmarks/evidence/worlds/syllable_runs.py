@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,11 @@ def train_models(seed: int, directory: Path, recipe: training.Recipe) -> dict[st
     receiver = training.train_receiver(world, recipe, seed, log)
     log.done("receiver", _seconds(started), receiver.num_parameters())
     receiver.half().save_pretrained(directory / "receiver")
-    return {"world": log.data["world"], "recipe": log.data["recipe"], **log.data["training"]}
+    return {
+        "world": log.data["world"],
+        "recipe": log.data["recipe"],
+        "stages": log.data["training"],
+    }
 
 
 def train_fusers(seed: int, directory: Path, recipe: training.Recipe) -> dict[str, Any]:
@@ -70,12 +75,12 @@ def train_fusers(seed: int, directory: Path, recipe: training.Recipe) -> dict[st
         settings = {"seed": seed, "layer_map": layers, **recipe.fuser}
         own = load_recipe("tiny").changed(settings)
         draw = fusers.drawing(world, recipe.length, own.batch, seed + 2, itself=name == "identical")
-        fuser, found[name] = train_fuser(receiver, shared, own, draw, demo_report(name))
+        fuser, found[name] = train_fuser(receiver, shared, own, draw, _printed(name))
         fuser.save_pretrained(directory / name)
     return found
 
 
-def demo_report(name: str):
+def _printed(name: str) -> Callable[[int, float], None]:
     """Prints the loss now and then."""
 
     def report(step: int, loss: float) -> None:
@@ -88,8 +93,9 @@ def demo_report(name: str):
 def train(seed: int, directory: Path, length: int) -> dict[str, Any]:
     """Everything for a seed."""
     recipe = training.Recipe(length=length)
-    models = train_models(seed, directory, recipe)
-    return {**models, **train_fusers(seed, directory, recipe)}
+    found = train_models(seed, directory, recipe)
+    found["stages"] |= train_fusers(seed, directory, recipe)
+    return found
 
 
 def load(directory: Path, length: int) -> tuple[Models, nn.ModuleList]:

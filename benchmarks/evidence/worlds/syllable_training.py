@@ -23,8 +23,10 @@ class Recipe(demo.Recipe):
 
     length: int = 2
     ahead: float = 1.0  # weight of the loss of the later syllables, foretold at the attribute
+    sharer: demo.Training = field(default_factory=lambda: demo.Training(steps=400, lr=4e-3))
     receiver: demo.Training = field(default_factory=lambda: demo.Training(steps=900, lr=3e-3))
-    fuser: dict = field(default_factory=dict)  # what differs from the recipe `tiny` of `c2c train`
+    # What differs from the recipe `tiny` of `c2c train`.
+    fuser: dict = field(default_factory=lambda: {"batch": 128})
 
 
 def new_heads(hidden_size: int, length: int) -> nn.ModuleList:
