@@ -16,8 +16,6 @@ from c2c_ext.demo import world as w
 
 from . import syllable_forms as sf
 
-Write = Callable[[w.World, Tensor, Tensor, int], Tensor]
-
 
 def token_map(size: int) -> Tensor:
     """For a prompt of form and question: a form's attributes are fused, each with its own."""
@@ -131,18 +129,20 @@ def write_with_heads(
     return torch.stack(places, dim=-1)
 
 
-def writers(models: Models, heads: nn.ModuleList) -> dict[str, Callable[..., Tensor]]:
+def writers(models: Models, heads: nn.ModuleList | None) -> dict[str, Callable[..., Tensor]]:
     """By mode, what fills in forms: `write(world, entities, attributes, length)`."""
 
     def by_sharer(write: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *arguments: write(models.sharer, *arguments)
 
-    return {
+    found = {
         "t2t": by_sharer(write_serially),
         "t2t_parallel": by_sharer(write_at_once),
         "t2t_passes": by_sharer(write_in_passes),
-        "t2t_heads": lambda *arguments: write_with_heads(models.sharer, heads, *arguments),
     }
+    if heads is not None:
+        found["t2t_heads"] = lambda *rest: write_with_heads(models.sharer, heads, *rest)
+    return found
 
 
 def text_prompt(world: w.World, questions: ev.Questions, write: Callable, length: int) -> Tensor:
@@ -172,7 +172,11 @@ def mismatched(world: w.World, questions: ev.Questions, seed: int) -> Tensor:
 
 
 def ask(
-    world: w.World, models: Models, heads: nn.ModuleList, questions: ev.Questions, length: int
+    world: w.World,
+    models: Models,
+    heads: nn.ModuleList | None,
+    questions: ev.Questions,
+    length: int,
 ) -> Cell:
     """Every mode and control on questions of one kind and form size."""
     seed = 1000 * world.seed + questions.size

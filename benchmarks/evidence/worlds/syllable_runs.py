@@ -28,6 +28,8 @@ from . import syllable_training as training
 
 HEADS = "heads.safetensors"  # beside the sharer; nothing but the baseline `t2t_heads` reads them
 
+SOURCES = {"fuser": "sharer", "identical": "receiver"}  # whose cache each fuser reads
+
 
 def _seconds(started: float) -> float:
     return round(time.perf_counter() - started, 1)
@@ -39,9 +41,13 @@ def load_model(directory: Path) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def load_heads(directory: Path, sharer: PreTrainedModel, length: int) -> nn.ModuleList:
-    """The sharer's heads for the syllables after the first."""
-    heads = training.new_heads(sharer.config.hidden_size, length)
+def load_heads(
+    directory: Path, sharer: PreTrainedModel, recipe: training.Recipe
+) -> nn.ModuleList | None:
+    """The sharer's heads for the syllables after the first; None where it was trained without."""
+    if not recipe.ahead:
+        return None
+    heads = training.new_heads(sharer.config.hidden_size, recipe.length)
     heads.load_state_dict(load_file(directory / HEADS))
     return heads.requires_grad_(False)
 
@@ -53,7 +59,8 @@ def train_models(seed: int, directory: Path, recipe: training.Recipe) -> dict[st
     sharer, heads = training.train_sharer(world, recipe, seed, log)
     log.done("sharer", _seconds(started), sharer.num_parameters())
     sharer.half().save_pretrained(directory / "sharer")
-    save_file(heads.state_dict(), directory / HEADS)
+    if recipe.ahead:
+        save_file(heads.state_dict(), directory / HEADS)
     started = time.perf_counter()
     receiver = training.train_receiver(world, recipe, seed, log)
     log.done("receiver", _seconds(started), receiver.num_parameters())
@@ -69,8 +76,8 @@ def train_fusers(seed: int, directory: Path, recipe: training.Recipe) -> dict[st
     """Trains and saves the fuser, and the one that reads the receiver's own cache."""
     world, receiver = w.make_world(seed), load_model(directory / "receiver")
     found = {}
-    for name, source in (("fuser", "sharer"), ("identical", "receiver")):
-        shared = load_model(directory / source)
+    for name in recipe.fusers:
+        shared = load_model(directory / SOURCES[name])
         layers = [shared.config.num_hidden_layers - 1] * receiver.config.num_hidden_layers
         settings = {"seed": seed, "layer_map": layers, **recipe.fuser}
         own = load_recipe("tiny").changed(settings)
@@ -90,29 +97,30 @@ def _printed(name: str) -> Callable[[int, float], None]:
     return report
 
 
-def train(seed: int, directory: Path, length: int) -> dict[str, Any]:
+def train(seed: int, directory: Path, recipe: training.Recipe) -> dict[str, Any]:
     """Everything for a seed."""
-    recipe = training.Recipe(length=length)
     found = train_models(seed, directory, recipe)
     found["stages"] |= train_fusers(seed, directory, recipe)
     return found
 
 
-def load(directory: Path, length: int) -> tuple[Models, nn.ModuleList]:
+def load(directory: Path, recipe: training.Recipe) -> tuple[Models, nn.ModuleList | None]:
     """What `train` saved."""
     receiver, sharer = (load_model(directory / name) for name in ("receiver", "sharer"))
-    fuser, identical = (
-        Fuser.from_pretrained(directory / name).float().eval().requires_grad_(False)
-        for name in ("fuser", "identical")
-    )
-    return Models(receiver, sharer, fuser, identical), load_heads(directory, sharer, length)
+    fusers = {
+        name: Fuser.from_pretrained(directory / name).float().eval().requires_grad_(False)
+        for name in recipe.fusers
+    }
+    return Models(receiver, sharer, **fusers), load_heads(directory, sharer, recipe)
 
 
-def evaluate(seed: int, directory: Path, length: int) -> list[Cell]:
+def evaluate(seed: int, directory: Path, recipe: training.Recipe) -> list[Cell]:
     """All 960 questions about held-out entities for every kind and form size."""
-    world, (models, heads) = w.make_world(seed), load(directory, length)
+    world, (models, heads) = w.make_world(seed), load(directory, recipe)
     return [
-        asking.ask(world, models, heads, ev.held_out_questions(world, kind, size, seed), length)
+        asking.ask(
+            world, models, heads, ev.held_out_questions(world, kind, size, seed), recipe.length
+        )
         for size in ev.FORM_SIZES
         for kind in w.KINDS
     ]
@@ -123,10 +131,10 @@ def first(questions: ev.Questions) -> ev.Questions:
     return ev.Questions(*(part[:1] for part in vars(questions).values()))
 
 
-def latency(seed: int, directory: Path, length: int) -> list[dict[str, Any]]:
-    """One question of each form size, its answer as long as everywhere."""
-    world, (models, heads) = w.make_world(seed), load(directory, length)
-    rows = []
+def latency(seed: int, directory: Path, recipe: training.Recipe) -> list[dict[str, Any]]:
+    """One question of each form size."""
+    world, (models, heads) = w.make_world(seed), load(directory, recipe)
+    rows, length = [], recipe.length
     for size in ev.FORM_SIZES:
         questions = first(ev.held_out_questions(world, "is", size, seed))
         task = asking.make_task(world, questions, length)

@@ -27,6 +27,7 @@ class Recipe(demo.Recipe):
     receiver: demo.Training = field(default_factory=lambda: demo.Training(steps=900, lr=3e-3))
     # What differs from the recipe `tiny` of `c2c train`.
     fuser: dict = field(default_factory=lambda: {"batch": 128})
+    fusers: tuple[str, ...] = ("fuser", "identical")
 
 
 def new_heads(hidden_size: int, length: int) -> nn.ModuleList:
@@ -84,7 +85,7 @@ def train_sharer(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = demo.new_model(recipe.sharer_model, recipe.init_std)
-    heads = new_heads(model.config.hidden_size, recipe.length)
+    heads = new_heads(model.config.hidden_size, recipe.length if recipe.ahead else 1)
 
     def loss_at(step: int) -> Tensor:
         omission = demo.pick(recipe.omission, generator)

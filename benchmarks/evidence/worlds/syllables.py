@@ -11,22 +11,23 @@ from typing import Any
 from benchmarks.evidence.outcomes import Cell
 
 from . import syllable_runs as runs
+from .syllable_training import Recipe
 
 NAME = "syllables"
 TITLE = "Values of two tokens: text takes several passes, the cache one"
-LENGTH = 2
+RECIPE = Recipe(length=2)
 
 
 def train(seed: int, directory: Path) -> dict[str, Any]:
     """Trains sharer, receiver and both fusers."""
-    return runs.train(seed, directory, LENGTH)
+    return runs.train(seed, directory, RECIPE)
 
 
 def evaluate(seed: int, directory: Path) -> list[Cell]:
     """Every mode and control on all questions about held-out entities."""
-    return runs.evaluate(seed, directory, LENGTH)
+    return runs.evaluate(seed, directory, RECIPE)
 
 
 def latency(seed: int, directory: Path) -> list[dict[str, Any]]:
     """Times of every way to an answer."""
-    return runs.latency(seed, directory, LENGTH)
+    return runs.latency(seed, directory, RECIPE)
