@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +27,7 @@ from c2c_ext.training.recipes import load_recipe
 from c2c_ext.training.run import new_fuser
 
 VALUES = torch.arange(w.NUM_VALUES)
-LENGTHS = sorted(syllable_forms.BRANCHING)
+LENGTH = syllable_forms.LENGTH
 SHARER = {
     "hidden_size": 16,
     "num_hidden_layers": 4,
@@ -50,46 +49,44 @@ def sample(world: w.World, kind: str = "is", size: int = 3, count: int = 5) -> e
     return ev.Questions(*(part[:count] for part in vars(questions).values()))
 
 
-def models_and_heads(length: int, world: w.World) -> tuple[Models, torch.nn.ModuleList]:
+def models_and_heads() -> tuple[Models, torch.nn.ModuleList]:
     torch.manual_seed(0)
     receiver, sharer = (demo.new_model(shape, 0.05).eval() for shape in (RECEIVER, SHARER))
     recipe = load_recipe("tiny").changed({"hidden_size": 8, "zero_output": False})
     fuser = new_fuser(recipe, receiver.config, sharer.config).eval().requires_grad_(False)
-    return Models(receiver, sharer, fuser), syllable_training.new_heads(16, length)
+    return Models(receiver, sharer, fuser), syllable_training.new_heads(16, 1.0)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_the_first_syllable_never_tells_the_value(length: int) -> None:
-    branching = syllable_forms.BRANCHING[length]
-    assert len(branching) == length and math.prod(branching) == w.NUM_VALUES
-    rows = syllable_forms.syllables(VALUES, length).tolist()
-    assert sorted(map(tuple, rows)) == sorted(itertools.product(*map(range, branching)))
-    assert min(branching) > 1  # whatever is left out at one place leaves at least two values
+def test_no_syllable_alone_tells_the_value() -> None:
+    rows = syllable_forms.syllables(VALUES).tolist()
+    every = itertools.product(*map(range, syllable_forms.CHOICES))
+    assert sorted(map(tuple, rows)) == sorted(every) and len(rows) == w.NUM_VALUES
+    assert (
+        min(syllable_forms.CHOICES) > 1
+    )  # whatever is left out at one place leaves at least two values
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_syllables_are_tokens_of_their_own(length: int) -> None:
+def test_syllables_are_tokens_of_their_own() -> None:
     attributes = torch.arange(w.NUM_ATTRIBUTES)[:, None].expand(-1, w.NUM_VALUES)
-    ids = syllable_forms.syllable_ids(attributes, VALUES.expand_as(attributes), length)
-    assert ids.shape == (w.NUM_ATTRIBUTES, w.NUM_VALUES, length)
+    ids = syllable_forms.syllable_ids(attributes, VALUES.expand_as(attributes))
+    assert ids.shape == (w.NUM_ATTRIBUTES, w.NUM_VALUES, LENGTH)
     assert ids.flatten(0, 1).unique(dim=0).shape[0] == w.NUM_ATTRIBUTES * w.NUM_VALUES
-    seen = [set(ids[a, :, place].tolist()) for a in range(12) for place in range(length)]
+    seen = [set(ids[a, :, place].tolist()) for a in range(12) for place in range(LENGTH)]
     assert all(not (a & b) for a, b in itertools.combinations(seen, 2))
     words = w.NUM_ATTRIBUTES * w.NUM_VALUES
     assert min(map(min, seen)) >= w.FIRST_VALUE and max(map(max, seen)) < w.FIRST_VALUE + words
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_guessing_is_right_one_time_in_eight(world: w.World, length: int) -> None:
+def test_guessing_is_right_one_time_in_eight(world: w.World) -> None:
     questions = ev.held_out_questions(world, "rivals", 3)
-    task = syllable_asking.make_task(world, questions, length)
+    task = syllable_asking.make_task(world, questions)
     ids = task.candidates.gather(2, task.truth[..., None])[..., 0]
-    spelled = syllable_forms.syllable_ids(questions.asked, questions.answers(world), length)
+    spelled = syllable_forms.syllable_ids(questions.asked, questions.answers(world))
     assert torch.equal(ids, spelled)
     for a in range(w.NUM_ATTRIBUTES):
         _, counts = spelled[questions.asked == a].unique(dim=0, return_counts=True)
         assert counts.tolist() == [10] * w.NUM_VALUES
-    for place, choices in enumerate(syllable_forms.BRANCHING[length]):
+    for place, choices in enumerate(syllable_forms.CHOICES):
         offered = task.candidates[:, place]
         repeated = offered.view(len(offered), -1, choices)
         assert (repeated == repeated[:, :1]).all()
@@ -99,7 +96,7 @@ def test_guessing_is_right_one_time_in_eight(world: w.World, length: int) -> Non
 
 def test_forms_hold_as_much_of_each_value_as_said(world: w.World) -> None:
     entities, forms = torch.tensor([3, 4]), torch.tensor([[2, 0, 7], [1, 5, 3]])
-    spelled = syllable_forms.syllable_ids(forms, world.facts[entities[:, None], forms], 2)
+    spelled = syllable_forms.syllable_ids(forms, world.facts[entities[:, None], forms])
     ids = syllable_forms.form(world, entities, forms, spelled, [2, 0, 1])
     words = forms + w.FIRST_ATTRIBUTE
     expected = [words[:, :1], spelled[:, 0], words[:, 1:], spelled[:, 2, :1]]
@@ -108,9 +105,8 @@ def test_forms_hold_as_much_of_each_value_as_said(world: w.World) -> None:
 
 @pytest.mark.parametrize("omission", [0.0, 0.5, 1.0])
 def test_the_sharer_is_asked_for_what_stands_there(world: w.World, omission: float) -> None:
-    recipe = syllable_training.Recipe()
     ids, values, rest, whole = syllable_training.sharer_batch(
-        world, recipe, omission, 4, torch.Generator().manual_seed(1)
+        world, omission, 4, torch.Generator().manual_seed(1)
     )
     following = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=demo.IGNORE)
     is_value = (following >= w.FIRST_VALUE) & (following < w.FIRST_VALUE + 96)
@@ -129,15 +125,14 @@ def test_the_sharer_is_asked_for_what_stands_there(world: w.World, omission: flo
 def test_the_receivers_targets_are_the_syllables_after_each_question(
     world: w.World, count: int
 ) -> None:
-    recipe = syllable_training.Recipe()
     ids, targets, _ = syllable_training.receiver_batch(
-        world, recipe, 3, count, False, 4, torch.Generator().manual_seed(1)
+        world, 3, count, False, 4, torch.Generator().manual_seed(1)
     )
     names = set(world.name_ids[world.others].tolist())
     assert set(ids[:, 1].tolist()) <= names  # it never reads about who has facts
     following = torch.cat([ids[:, 1:], targets[:, -1, -1:]], dim=1)
     logits = torch.nn.functional.one_hot(following, len(w.VOCABULARY))
-    read = syllable_training.answer_logits(logits, count, recipe.length).argmax(-1)
+    read = syllable_training.answer_logits(logits, count).argmax(-1)
     assert torch.equal(read, targets)
 
 
@@ -145,7 +140,7 @@ def test_the_receivers_targets_are_the_syllables_after_each_question(
 def test_fusers_are_trained_on_train_entities_and_whole_answers(
     world: w.World, itself: bool
 ) -> None:
-    draw = syllable_fusers.drawing(world, 2, 64, 5, itself=itself)
+    draw = syllable_fusers.drawing(world, 64, 5, itself=itself)
     train = set(world.name_ids[world.train].tolist())
     sizes = set()
     for step in range(12):
@@ -165,8 +160,8 @@ def test_fusers_are_trained_on_train_entities_and_whole_answers(
 class Knowing:
     """In place of a sharer: at every token it expects the syllable that a list has for it."""
 
-    def __init__(self, world: w.World, length: int) -> None:
-        self.world, self.length, self.passes = world, length, 0
+    def __init__(self, world: w.World) -> None:
+        self.world, self.passes = world, 0
 
     def __call__(self, input_ids, past_key_values=None, logits_to_keep=0):
         self.passes += 1
@@ -183,9 +178,9 @@ class Knowing:
                     attribute, place = torch.tensor(token - w.FIRST_ATTRIBUTE), 0
                 elif token >= w.FIRST_VALUE and attribute != -1:
                     place += 1
-                if attribute != -1 and place < self.length:
+                if attribute != -1 and place < LENGTH:
                     value = self.world.facts[entity, attribute]
-                    spelled = syllable_forms.syllable_ids(attribute, value, self.length)
+                    spelled = syllable_forms.syllable_ids(attribute, value)
                     logits[row, at, spelled[place]] = 1.0
         logits = logits[:, -input_ids.shape[1] :]
         return type(
@@ -193,20 +188,19 @@ class Knowing:
         )
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_text_takes_as_many_passes_as_it_must(world: w.World, length: int) -> None:
+def test_text_takes_as_many_passes_as_it_must(world: w.World) -> None:
     questions = sample(world, size=6)
     entities, forms = questions.entities, questions.attributes
-    truth = syllable_forms.syllable_ids(forms, world.facts[entities[:, None], forms], length)
+    truth = syllable_forms.syllable_ids(forms, world.facts[entities[:, None], forms])
     for write, passes in (
-        (syllable_asking.write_serially, 6 * length),
-        (syllable_asking.write_in_passes, length),
+        (syllable_asking.write_serially, 6 * LENGTH),
+        (syllable_asking.write_in_passes, LENGTH),
     ):
-        sharer = Knowing(world, length)
-        assert torch.equal(write(sharer, world, entities, forms, length), truth)
+        sharer = Knowing(world)
+        assert torch.equal(write(sharer, world, entities, forms), truth)
         assert sharer.passes == passes
-    sharer = Knowing(world, length)
-    at_once = syllable_asking.write_at_once(sharer, world, entities, forms, length)
+    sharer = Knowing(world)
+    at_once = syllable_asking.write_at_once(sharer, world, entities, forms)
     assert sharer.passes == 1
     assert torch.equal(at_once[..., 0], truth[..., 0])
     assert not torch.equal(at_once, truth)
@@ -225,13 +219,12 @@ def test_mismatched_forms_are_about_train_entities(world: w.World) -> None:
     assert set(forms[:, 1].tolist()) <= set(world.name_ids[world.train].tolist())
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_every_mode_answers(world: w.World, length: int) -> None:
-    models, heads = models_and_heads(length, world)
-    cell = syllable_asking.ask(world, models, heads, sample(world), length)
+def test_every_mode_answers(world: w.World) -> None:
+    models, heads = models_and_heads()
+    cell = syllable_asking.ask(world, models, heads, sample(world))
     assert cell.name == "is, K = 3" and cell.candidates == 8 and cell.questions == 5
     texts = ("t2t", "t2t_parallel", "t2t_passes", "t2t_heads")
-    assert cell.written == dict.fromkeys(texts, 3 * length)
+    assert cell.written == dict.fromkeys(texts, 3 * LENGTH)
     assert {"receiver", "sharer", "c2c", "mismatched", "zero", "noise", "swapped"} < set(cell.right)
 
 

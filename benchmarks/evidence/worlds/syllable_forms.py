@@ -1,9 +1,9 @@
 """Forms whose values are words of several syllables, one token each: what is read and asked.
 
 Entities, facts, rivals and splits are those of `c2c_ext.demo.world`, drawn from the same seed. The
-value's spelling is new: the eight values of an attribute are all combinations of a few first
-syllables with a few second ones (and so on), so that no syllable alone tells the value. With two
-syllables a filled form is `<bos> E : A1 F1 S1 ... AK FK SK`.
+values' spelling is new: the eight of an attribute are all combinations of its four first syllables
+with its two second ones, so that no syllable alone tells the value. A filled form is
+`<bos> E : A1 F1 S1 ... AK FK SK`. L below is 2, the length of a value.
 
 Token ids are those of the demo's vocabulary, where an attribute's eight words serve as its
 syllables.
@@ -19,35 +19,34 @@ from torch import Tensor
 from c2c_ext.demo import world as w
 
 # How many syllables there are to choose from at each place of a value.
-BRANCHING = {2: (4, 2), 3: (2, 2, 2)}
-for _choices in BRANCHING.values():
-    assert math.prod(_choices) == w.NUM_VALUES and sum(_choices) <= w.NUM_VALUES
+CHOICES = (4, 2)
+LENGTH = len(CHOICES)
+assert math.prod(CHOICES) == w.NUM_VALUES and sum(CHOICES) <= w.NUM_VALUES
 
 
-def syllables(values: Tensor, length: int) -> Tensor:
-    """Which syllable [..., length] stands at each place of values [...] (0 .. 7)."""
+def syllables(values: Tensor) -> Tensor:
+    """Which syllable [..., L] stands at each place of values [...] (0 .. 7)."""
     places, rest = [], w.NUM_VALUES
-    for choices in BRANCHING[length]:
+    for choices in CHOICES:
         rest //= choices
         places.append(values // rest % choices)
     return torch.stack(places, dim=-1)
 
 
-def syllable_ids(attributes: Tensor, values: Tensor, length: int) -> Tensor:
-    """Token ids [..., length] of values of attributes; both are of one shape."""
-    spelled = syllables(values, length)
+def syllable_ids(attributes: Tensor, values: Tensor) -> Tensor:
+    """Token ids [..., L] of values of attributes; both are of one shape."""
+    spelled = syllables(values)
     ids = [
-        place_ids(attributes, place, length).gather(-1, spelled[..., place : place + 1])
-        for place in range(length)
+        place_ids(attributes, place).gather(-1, spelled[..., place : place + 1])
+        for place in range(LENGTH)
     ]
     return torch.cat(ids, dim=-1)
 
 
-def place_ids(attributes: Tensor, place: int, length: int) -> Tensor:
+def place_ids(attributes: Tensor, place: int) -> Tensor:
     """Token ids [..., choices] of all the syllables that attributes [...] have at one place."""
-    choices = BRANCHING[length]
-    first = w.FIRST_VALUE + attributes * w.NUM_VALUES + sum(choices[:place])
-    return first[..., None] + torch.arange(choices[place])
+    first = w.FIRST_VALUE + attributes * w.NUM_VALUES + sum(CHOICES[:place])
+    return first[..., None] + torch.arange(CHOICES[place])
 
 
 def form(

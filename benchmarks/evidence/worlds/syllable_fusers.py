@@ -13,11 +13,9 @@ from c2c_ext.demo import world as w
 
 from . import syllable_forms as sf
 
-TAIL = 4  # `question : KIND A` follows a form
-
 
 def drawing(
-    world: w.World, length: int, rows: int, seed: int, *, itself: bool = False
+    world: w.World, rows: int, seed: int, *, itself: bool = False
 ) -> Callable[[int], Batch]:
     """Draws random questions of both kinds, all forms of a batch of one random size.
 
@@ -34,11 +32,11 @@ def drawing(
         kinds = torch.randint(len(w.KINDS), (rows,), generator=generator)
         forms = ev.random_forms(asked, size, generator)
         values = world.answers(kinds, asked, world.facts[entities, asked])
-        answers = sf.syllable_ids(asked, values, length)
+        answers = sf.syllable_ids(asked, values)
         form = world.blank_form(entities, forms)
         ids = torch.cat([form, w.question(kinds, asked), answers], dim=1)
         labels = torch.full_like(ids, demo.IGNORE)
-        labels[:, -length:] = answers
+        labels[:, -sf.LENGTH :] = answers
         fused = torch.zeros_like(ids, dtype=torch.bool)
         fused[:, ev.form_positions(size)] = True
         if itself:

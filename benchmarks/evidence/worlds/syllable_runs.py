@@ -1,4 +1,4 @@
-"""Training, asking and timing of a syllable world, whatever the length of its values."""
+"""Training, asking and timing of the syllable worlds."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load_heads(
     """The sharer's heads for the syllables after the first; None where it was trained without."""
     if not recipe.ahead:
         return None
-    heads = training.new_heads(sharer.config.hidden_size, recipe.length)
+    heads = training.new_heads(sharer.config.hidden_size, recipe.ahead)
     heads.load_state_dict(load_file(directory / HEADS))
     return heads.requires_grad_(False)
 
@@ -81,7 +81,7 @@ def train_fusers(seed: int, directory: Path, recipe: training.Recipe) -> dict[st
         layers = [shared.config.num_hidden_layers - 1] * receiver.config.num_hidden_layers
         settings = {"seed": seed, "layer_map": layers, **recipe.fuser}
         own = load_recipe("tiny").changed(settings)
-        draw = fusers.drawing(world, recipe.length, own.batch, seed + 2, itself=name == "identical")
+        draw = fusers.drawing(world, own.batch, seed + 2, itself=name == "identical")
         fuser, found[name] = train_fuser(receiver, shared, own, draw, _printed(name))
         fuser.save_pretrained(directory / name)
     return found
@@ -118,9 +118,7 @@ def evaluate(seed: int, directory: Path, recipe: training.Recipe) -> list[Cell]:
     """All 960 questions about held-out entities for every kind and form size."""
     world, (models, heads) = w.make_world(seed), load(directory, recipe)
     return [
-        asking.ask(
-            world, models, heads, ev.held_out_questions(world, kind, size, seed), recipe.length
-        )
+        asking.ask(world, models, heads, ev.held_out_questions(world, kind, size, seed))
         for size in ev.FORM_SIZES
         for kind in w.KINDS
     ]
@@ -134,14 +132,14 @@ def first(questions: ev.Questions) -> ev.Questions:
 def latency(seed: int, directory: Path, recipe: training.Recipe) -> list[dict[str, Any]]:
     """One question of each form size."""
     world, (models, heads) = w.make_world(seed), load(directory, recipe)
-    rows, length = [], recipe.length
+    rows = []
     for size in ev.FORM_SIZES:
         questions = first(ev.held_out_questions(world, "is", size, seed))
-        task = asking.make_task(world, questions, length)
+        task = asking.make_task(world, questions)
 
         def by_text(write, questions=questions, task=task):
             def answer(watch: timing.Watch) -> None:
-                prompt = asking.text_prompt(world, questions, write, length)
+                prompt = asking.text_prompt(world, questions, write)
                 watch("writing")
                 ask_receiver(models, task, prompt)
                 watch("answering")

@@ -21,7 +21,6 @@ IGNORE = demo.IGNORE
 class Recipe(demo.Recipe):
     """The demo's, and what values of several tokens ask for; tuned on seed 0 alone."""
 
-    length: int = 2
     ahead: float = 1.0  # weight of the loss of the later syllables, foretold at the attribute
     sharer: demo.Training = field(default_factory=lambda: demo.Training(steps=400, lr=4e-3))
     receiver: demo.Training = field(default_factory=lambda: demo.Training(steps=900, lr=3e-3))
@@ -30,35 +29,35 @@ class Recipe(demo.Recipe):
     fusers: tuple[str, ...] = ("fuser", "identical")
 
 
-def new_heads(hidden_size: int, length: int) -> nn.ModuleList:
+def new_heads(hidden_size: int, ahead: float) -> nn.ModuleList:
     """For each syllable after the first a map of what enters the last layer at the attribute.
 
     Through the final norm and the output embeddings it foretells that syllable, as heads of
     multi-token prediction do (arXiv 2404.19737). Training alone needs them: without, a sharer looks
     the second syllable up only once it has written the first, and its cache of a blank form does
-    not hold it.
+    not hold it. There are none if their loss has no weight (`ahead`).
     """
-    return nn.ModuleList(nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(length - 1))
+    count = sf.LENGTH - 1 if ahead else 0
+    return nn.ModuleList(nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(count))
 
 
 def sharer_batch(
-    world: w.World, recipe: Recipe, omission: float, batch: int, generator: torch.Generator
+    world: w.World, omission: float, batch: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Forms about any entity, with all attributes.
 
     Returns token ids [B, N]; targets [B, N] of the values' syllables and of the other words; and
     [B, N, L] the whole value at each attribute that has one.
     """
-    length = recipe.length
     entities = torch.randint(len(world.facts), (batch,), generator=generator)
     forms = torch.rand(batch, w.NUM_ATTRIBUTES, generator=generator).argsort(dim=1)
-    spelled = sf.syllable_ids(forms, world.facts[entities[:, None], forms], length)
+    spelled = sf.syllable_ids(forms, world.facts[entities[:, None], forms])
     given = torch.rand(w.NUM_ATTRIBUTES, generator=generator) >= omission
-    counts = [length * int(g) for g in given]
+    counts = [sf.LENGTH * int(g) for g in given]
     ids = sf.form(world, entities, forms, spelled, counts)
     asks = torch.zeros(ids.shape[1], dtype=torch.bool)
     blank = asks.clone()
-    whole = torch.full((*ids.shape, length), IGNORE)
+    whole = torch.full((*ids.shape, sf.LENGTH), IGNORE)
     at = w.FORM_START
     for k, count in enumerate(counts):
         asks[at : at + count] = True
@@ -85,13 +84,11 @@ def train_sharer(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = demo.new_model(recipe.sharer_model, recipe.init_std)
-    heads = new_heads(model.config.hidden_size, recipe.length if recipe.ahead else 1)
+    heads = new_heads(model.config.hidden_size, recipe.ahead)
 
     def loss_at(step: int) -> Tensor:
         omission = demo.pick(recipe.omission, generator)
-        ids, values, others, whole = sharer_batch(
-            world, recipe, omission, recipe.sharer.batch, generator
-        )
+        ids, values, others, whole = sharer_batch(world, omission, recipe.sharer.batch, generator)
         out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
         entering = out.hidden_states[-2]
         early = model.lm_head(model.model.norm(entering))
@@ -108,15 +105,15 @@ def train_sharer(
     entities = torch.arange(len(world.facts))
     fixed = torch.Generator().manual_seed(seed)
     forms = torch.rand(len(entities), w.NUM_ATTRIBUTES, generator=fixed).argsort(dim=1)
-    truth = sf.syllable_ids(forms, world.facts[entities[:, None], forms], recipe.length)
+    truth = sf.syllable_ids(forms, world.facts[entities[:, None], forms])
     ids = sf.filled_form(world, entities, forms, truth)
-    at = w.FORM_START + torch.arange(w.NUM_ATTRIBUTES) * (1 + recipe.length)
+    at = w.FORM_START + torch.arange(w.NUM_ATTRIBUTES) * (1 + sf.LENGTH)
     for step, loss in demo.optimise(nn.ModuleList([model, heads]), recipe.sharer, loss_at):
         if step % demo.LOG_EVERY == 0 or step == recipe.sharer.steps - 1:
             with torch.no_grad():
                 out = model(input_ids=ids, output_hidden_states=True)
                 right, early = {}, model.lm_head(model.model.norm(out.hidden_states[-2]))
-                for place in range(recipe.length):
+                for place in range(sf.LENGTH):
                     for name, logits in (("", out.logits), ("early_", early)):
                         read = logits[:, at + place].argmax(dim=-1)
                         right[f"{name}{place}"] = (read == truth[..., place]).float().mean()
@@ -126,7 +123,6 @@ def train_sharer(
 
 def receiver_batch(
     world: w.World,
-    recipe: Recipe,
     size: int,
     count: int,
     blank: bool,
@@ -138,28 +134,27 @@ def receiver_batch(
     Returns token ids [B, N] without the very last syllable, targets [B, count, L] of the answers
     and whether [B, count] they are `is`.
     """
-    length = recipe.length
     entities = world.others[torch.randint(len(world.others), (batch,), generator=generator)]
     forms = torch.rand(batch, w.NUM_ATTRIBUTES, generator=generator).argsort(dim=1)[:, :size]
     values = torch.randint(w.NUM_VALUES, (batch, size), generator=generator)
     ids = world.blank_form(entities, forms)
     if not blank:
-        ids = sf.filled_form(world, entities, forms, sf.syllable_ids(forms, values, length))
+        ids = sf.filled_form(world, entities, forms, sf.syllable_ids(forms, values))
     slots = torch.rand(batch, size, generator=generator).argsort(dim=1)[:, :count]
     kinds = torch.randint(len(w.KINDS), (batch, count), generator=generator)
     asked, facts = forms.gather(1, slots), values.gather(1, slots)
-    targets = sf.syllable_ids(asked, world.answers(kinds, asked, facts), length)
+    targets = sf.syllable_ids(asked, world.answers(kinds, asked, facts))
     parts = [ids]
     for i in range(count):
         parts += [w.question(kinds[:, i], asked[:, i]), targets[:, i]]
     return torch.cat(parts, dim=1)[:, :-1], targets, kinds == w.IS
 
 
-def answer_logits(logits: Tensor, count: int, length: int) -> Tensor:
+def answer_logits(logits: Tensor, count: int) -> Tensor:
     """Of a row's last logits those [B, count, L, V] that predict the answers' syllables."""
-    at = torch.arange(count)[:, None] * (4 + length) + torch.arange(length)
-    last = logits[:, -(count * (4 + length) - 4) :]
-    return last[:, at]
+    each = 4 + sf.LENGTH  # `question : KIND A` and the answer
+    at = 3 + torch.arange(count)[:, None] * each + torch.arange(sf.LENGTH)
+    return logits[:, 1 - count * each :][:, at]
 
 
 def train_receiver(world: w.World, recipe: Recipe, seed: int, log: demo.Log) -> LlamaForCausalLM:
@@ -174,17 +169,17 @@ def train_receiver(world: w.World, recipe: Recipe, seed: int, log: demo.Log) -> 
         count = min(size, demo.pick(recipe.questions, generator))
         blank = float(torch.rand((), generator=generator)) < recipe.blank
         ids, targets, _ = receiver_batch(
-            world, recipe, size, count, blank, recipe.receiver.batch, generator
+            world, size, count, blank, recipe.receiver.batch, generator
         )
         logits = model(input_ids=ids, use_cache=False).logits
-        return cross_entropy(answer_logits(logits, count, recipe.length), targets)
+        return cross_entropy(answer_logits(logits, count), targets)
 
     @torch.no_grad()
     def accuracy(size: int) -> tuple[float, float]:
         """Right whole answers to `is` and to `rivals`."""
         fixed = torch.Generator().manual_seed(size)
-        ids, targets, is_fact = receiver_batch(world, recipe, size, 1, False, 512, fixed)
-        logits = answer_logits(model(input_ids=ids).logits, 1, recipe.length)
+        ids, targets, is_fact = receiver_batch(world, size, 1, False, 512, fixed)
+        logits = answer_logits(model(input_ids=ids).logits, 1)
         right = (logits.argmax(dim=-1) == targets).all(dim=-1)
         return right[is_fact].float().mean().item(), right[~is_fact].float().mean().item()
 

@@ -15,7 +15,7 @@ from .syllable_training import Recipe
 
 NAME = "syllables"
 TITLE = "Values of two tokens: text takes several passes, the cache one"
-RECIPE = Recipe(length=2)
+RECIPE = Recipe()
 
 
 def train(seed: int, directory: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from .syllable_training import Recipe
 NAME = "syllables_plain"
 TITLE = "Values of two tokens, a sharer that looks one token ahead"
 # The receiver as its own sharer is the same here as there, and not trained again.
-RECIPE = Recipe(length=2, ahead=0.0, fusers=("fuser",))
+RECIPE = Recipe(ahead=0.0, fusers=("fuser",))
 
 
 def train(seed: int, directory: Path) -> dict[str, Any]:
