@@ -138,7 +138,8 @@ def verdict(right: Mapping[str, Sequence[bool]], level: float = 0.95) -> Verdict
     names = ", ".join(test.second for test in tests)
     missing = [mode for mode in BASELINES if mode not in right]
     rest = f"; not measured: {', '.join(missing)}" if missing else ""
-    line = f"content transferred: C2C beats {names} (p <= {worst:.2g}{rest})"
+    at_most = f"<= {worst:.2g}" if worst else "< 1e-300"  # which no float64 holds
+    line = f"content transferred: C2C beats {names} (p {at_most}{rest})"
     return Verdict(True, line, worst)
 
 
