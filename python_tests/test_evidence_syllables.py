@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from benchmarks.evidence.worlds import (
     syllable_fusers,
     syllable_training,
     syllables,
-    syllables_plain,
 )
 from c2c_ext.demo import evaluate as ev
 from c2c_ext.demo import train as demo
@@ -228,9 +226,9 @@ def test_every_mode_answers(world: w.World) -> None:
     assert {"receiver", "sharer", "c2c", "mismatched", "zero", "noise", "swapped"} < set(cell.right)
 
 
-@pytest.mark.parametrize("world", [syllables, syllables_plain])
+@pytest.mark.parametrize("ahead", [1.0, 0.0])
 def test_a_seed_is_trained_asked_and_timed(
-    world: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread
+    ahead: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread
 ) -> None:
     short = demo.Training(steps=2, lr=1e-3, batch=8, warm_up=1)
     recipe = syllable_training.Recipe(
@@ -240,20 +238,20 @@ def test_a_seed_is_trained_asked_and_timed(
         receiver=short,
         fuser={"max_steps": 2, "batch": 8, "hidden_size": 8},
     )
-    recipe = replace(recipe, ahead=world.RECIPE.ahead, fusers=world.RECIPE.fusers)
-    monkeypatch.setattr(world, "RECIPE", recipe)
+    recipe = replace(recipe, ahead=ahead, fusers=("fuser", "identical") if ahead else ("fuser",))
+    monkeypatch.setattr(syllables, "RECIPE", recipe)
     monkeypatch.setattr(ev, "FORM_SIZES", (3,))
     few = {kind: sample(w.make_world(1), kind) for kind in w.KINDS}
     monkeypatch.setattr(ev, "held_out_questions", lambda world, kind, size, seed: few[kind])
     measure = timing.measure
     monkeypatch.setattr(timing, "measure", lambda cell, modes: measure(cell, modes, rounds=2))
-    found = world.train(1, tmp_path)
+    found = syllables.train(1, tmp_path)
     assert found["world"] == w.WORLD_DIGESTS[1]
     for stage in ("sharer", "receiver", *recipe.fusers):
         assert {"seconds", "parameters"} < set(found["stages"][stage])
-    cells = world.evaluate(1, tmp_path)
+    cells = syllables.evaluate(1, tmp_path)
     assert [cell.name for cell in cells] == ["is, K = 3", "rivals, K = 3"]
     kept = {"identical", "t2t_heads"} & set(cells[0].right)
-    assert kept == ({"identical", "t2t_heads"} if world is syllables else set())
-    rows = world.latency(1, tmp_path)
+    assert kept == ({"identical", "t2t_heads"} if ahead else set())
+    rows = syllables.latency(1, tmp_path)
     assert {row["mode"] for row in rows} >= {"receiver", "c2c", "t2t", "t2t_parallel"}

@@ -139,6 +139,8 @@ class Report:
                     counts.append(str(fresh[name].count(mode)))
                 line.append(" / ".join(counts) if counts[0] else "")
             lines.append(line)
+            if mode == "c2c":
+                lines.append(["C2C, seed by seed", *(self._by_seed(world, c) for c in cells)])
         first = next(iter(cells.values()))
         added = [run.seed for run in self.worlds[world] if run.seed < CONFIRMATION]
         new = [run.seed for run in self.worlds[world] if run.seed >= CONFIRMATION]
@@ -147,6 +149,12 @@ class Report:
             said += f") / of {next(iter(fresh.values())).questions:,} (fresh: {_listed(new)}"
         said += f"); guessing is right one time in {first.candidates}.\n\n"
         return said + markdown(["", *cells], lines) + "\n" + self.where(world, "accuracy")
+
+    def _by_seed(self, world: str, name: str) -> str:
+        """C2C's right answers in a cell, of every seed that is added up."""
+        runs = [run for run in self.worlds[world] if run.seed < CONFIRMATION]
+        cells = [cell for run in runs for cell in run.cells if cell.name == name]
+        return " + ".join(str(cell.count("c2c")) for cell in cells if "c2c" in cell.right)
 
     def paired(self, world: str) -> str:
         """Of the last cell: counts with intervals, and McNemar's test against C2C."""
@@ -171,15 +179,10 @@ class Report:
         return said + markdown(header, lines) + "\n" + self.where(world, "accuracy")
 
     def verdicts(self, world: str) -> str:
-        """Whether content crossed, by cell; and whether what must guess does guess."""
+        """Whether content crossed, by seed and cell; and whether what must guess does guess."""
         sentences = []
-        for confirmation in (False, True):
-            cells = self.main_cells(world, confirmation=confirmation)
-            if not cells:
-                continue
-            seeds = [
-                run.seed for run in self.worlds[world] if (run.seed >= CONFIRMATION) == confirmation
-            ]
+        for run in self.worlds[world]:
+            cells = {c.name: c for c in run.cells if not BUDGET.fullmatch(c.name)}
             found = {
                 name: verdict({mode: bits.tolist() for mode, bits in cell.right.items()})
                 for name, cell in cells.items()
@@ -187,11 +190,12 @@ class Report:
             }
             good = sum(one.transferred for one in found.values())
             sentences.append(
-                f"- Seed{'s' * (len(seeds) > 1)} {_listed(seeds)}: content transferred in {good} "
-                f"of {len(found)} cells."
+                f"- Seed {run.seed}: content transferred in {good} of {len(found)} cells."
                 + "".join(f" {n}: {v.line}." for n, v in found.items() if not v.transferred)
             )
-            sentences.append(_at_chance(cells))
+        for confirmation, which in ((False, "the seeds added up"), (True, "the fresh seed")):
+            if cells := self.main_cells(world, confirmation=confirmation):
+                sentences.append(_at_chance(cells, which))
         return "\n".join(sentences) + "\n"
 
     def latency(self, world: str) -> str:
@@ -350,7 +354,7 @@ def _ordered(modes: set[str]) -> list[str]:
     return [*known[:place], *sorted(modes - set(known)), *known[place:]]
 
 
-def _at_chance(cells: dict[str, Cell]) -> str:
+def _at_chance(cells: dict[str, Cell], which: str) -> str:
     """Jointly: by Bonferroni every control of every cell has an interval of its own."""
     tests = [(n, m, c) for n, c in cells.items() for m in AT_CHANCE if m in c.right]
     level = 1 - 0.05 / len(tests)
@@ -363,8 +367,8 @@ def _at_chance(cells: dict[str, Cell]) -> str:
     inside = " or ".join(f"{low} to {high}" for low, high in sorted(spans))
     outside = f"outside are {'; '.join(astray)}" if astray else "all are"
     return (
-        f"  Who knows nothing ({', '.join(dict.fromkeys(m for _, m, _ in tests))}: {len(tests)} "
-        f"counts) must be within {inside}, in 95% of cases all at once: {outside}."
+        f"- Who knows nothing ({', '.join(dict.fromkeys(m for _, m, _ in tests))}: {len(tests)} "
+        f"counts of {which}) must be within {inside}, in 95% of cases all at once: {outside}."
     )
 
 
