@@ -137,3 +137,11 @@ def test_counts_are_compared_with_the_recorded_ones(
     out = capsys.readouterr().out
     assert "c2c 70 : 78" in out and "t2t 80 : 80" in out
     assert main(["compare", str(tmp_path / "nowhere")]) == 1
+
+
+def test_the_document_and_its_drawings_are_what_the_files_say(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert rp.main(check=True) == 0, capsys.readouterr().out
+    linked = set(re.findall(r"results/evidence/([\w.]+)", rp.DOCUMENT.read_text("utf-8")))
+    assert all((rp.RESULTS / name).exists() for name in linked)
