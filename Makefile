@@ -112,7 +112,7 @@ evidence-quick: $(VENV)/.built
 evidence: $(VENV)/.built
 	rm -rf build/evidence
 	$(EVIDENCE) run --jobs 2
-	$(VENV)/bin/python -m benchmarks.evidence.ablations --jobs 2
+	$(VENV)/bin/python -m benchmarks.evidence.ablations --seeds 0 --jobs 2
 	$(EVIDENCE) report
 
 $(VENV)/.created:
