@@ -276,11 +276,13 @@ class Report:
         for world, runs in self.worlds.items():
             cell = list(self.main_cells(world).values())[-1]
             best = max((m for m in AT_CHANCE[1:] if m in cell.right), key=cell.count)
-            times = {}
+            times: dict[str, float] = {}
             if any(run.latency for run in runs):
                 rows = self.timed(world).latency
-                times = {r["mode"]: r["median"] for r in rows if r["cell"] == cell.name}
-            shown = [f"{cell.count(mode)}" if mode in cell.right else "" for mode in ("c2c", "t2t")]
+                last = [row["cell"] for row in rows if row["mode"] == "c2c"][-1]
+                times = {row["mode"]: row["median"] for row in rows if row["cell"] == last}
+            shown = [f"{cell.count('c2c')} = {self._by_seed(world, cell.name)}"]
+            shown.append(f"{cell.count('t2t')}" if "t2t" in cell.right else "")
             parallel = f"{cell.count('t2t_parallel')}" if "t2t_parallel" in cell.right else ""
             ms = [f"{times[mode]:.1f}" if mode in times else "" for mode in ("c2c", "t2t")]
             lines.append(
