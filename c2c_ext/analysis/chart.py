@@ -51,16 +51,17 @@ def bar_chart(title: str, note: str, bars: Sequence[tuple[str, int]]) -> str:
     """SVG of one horizontal bar per (label, count)."""
     most = max((count for _, count in bars), default=0) or 1
     room, body = WIDTH, []
+    longest = max((len(label) for label, _ in bars), default=0)
+    left = max(LABELS, 16 + round(6.1 * longest))
     for i, (label, count) in enumerate(bars):
         y = 40 + i * BAR
-        body.append(_text(LABELS - 8, y + 14, label, "end"))
+        body.append(_text(left - 8, y + 14, label, "end"))
         width = count / most * room
         body.append(
-            f"<rect x='{LABELS}' y='{y}' width='{width:.1f}' height='{BAR - 6}' "
-            f"fill='{COLOURS[0]}'/>"
+            f"<rect x='{left}' y='{y}' width='{width:.1f}' height='{BAR - 6}' fill='{COLOURS[0]}'/>"
         )
-        body.append(_text(LABELS + width + 6, y + 14, str(count)))
-    return _document(title, note, LABELS + room + 60, 70 + BAR * len(bars), body)
+        body.append(_text(left + width + 6, y + 14, str(count)))
+    return _document(title, note, left + room + 60, 70 + BAR * len(bars), body)
 
 
 def weight_map(
