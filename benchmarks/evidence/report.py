@@ -43,11 +43,11 @@ LABELS = {
     "c2c_joint": "C2C, fusers trained together",
     "c2c_a": "C2C, sharer A only",
     "c2c_b": "C2C, sharer B only",
-    "wrong_map": "control: token map shifted by a word",
-    "index_map": "control: token map by index, as if tokens were the same",
+    "wrong_map": "token map shifted by a word",
+    "index_map": "token map by index, as if tokens were the same",
     "mismatched": "control: another question's cache",
-    "mismatched_a": "control: that of sharer A only",
-    "mismatched_b": "control: that of sharer B only",
+    "mismatched_a": "another question's cache of sharer A only",
+    "mismatched_b": "another question's cache of sharer B only",
     "zero": "control: a cache of zeros",
     "noise": "control: noise of equal norm",
     "identical": "control: the receiver as its own sharer",
@@ -55,6 +55,8 @@ LABELS = {
     "swapped_a": "another entity's cache of A: says that answer",
     "swapped_b": "another entity's cache of B: says that answer",
 }
+# Text that is read off in parallel, the faster first.
+PARALLEL = ("t2t_parallel", "t2t_heads", "t2t_passes")
 AT_CHANCE = ("receiver", "mismatched", "zero", "noise", "identical")
 BUDGET = re.compile(r"(.*), (\d+) facts? written")  # cells of T2T that stops early
 
@@ -82,8 +84,8 @@ class Report:
             from benchmarks.evidence import ablations
 
             return ablations.table(self.directory / "ablations.json")
-        if name == "summary":
-            return self.summary()
+        if name in ("summary", "training"):
+            return getattr(self, name)()
         what, _, world = name.partition(" ")
         makers = {
             "accuracy": self.accuracy,
@@ -91,7 +93,6 @@ class Report:
             "verdicts": self.verdicts,
             "latency": self.latency,
             "budgets": self.budgets,
-            "training": self.training,
         }
         if what not in makers:
             raise ValueError(f"docs/evidence.md: no table {name!r}")
@@ -191,11 +192,11 @@ class Report:
             good = sum(one.transferred for one in found.values())
             sentences.append(
                 f"- Seed {run.seed}: content transferred in {good} of {len(found)} cells."
-                + "".join(f" {n}: {v.line}." for n, v in found.items() if not v.transferred)
+                + "".join(f" No evidence: {n}." for n, v in found.items() if not v.transferred)
             )
         for confirmation, which in ((False, "the seeds added up"), (True, "the fresh seed")):
             if cells := self.main_cells(world, confirmation=confirmation):
-                sentences.append(_at_chance(cells, which))
+                sentences += [_against_text(cells, which), _at_chance(cells, which)]
         return "\n".join(sentences) + "\n"
 
     def latency(self, world: str) -> str:
@@ -257,18 +258,17 @@ class Report:
                 points.append((LABELS[mode], times[base, mode], cell.count(mode), cell.questions))
         return points
 
-    def training(self, world: str) -> str:
-        """What was trained: seconds and parameters of every stage and seed."""
+    def training(self) -> str:
+        """Of every world: how large what was trained is, and the CPU time of each seed."""
         lines = []
-        for run in self.worlds[world]:
-            training = run.document["training"]
-            stages = training.get("stages", {})
-            text = ", ".join(
-                f"{name} {stage['parameters']:,} in {stage['seconds']:.0f} s"
-                for name, stage in stages.items()
-            )
-            lines.append([str(run.seed), text, f"{training['seconds']:.0f}"])
-        return markdown(["seed", "parameters and seconds", "seconds in all"], lines)
+        for runs in self.worlds.values():
+            stages = runs[0].document["training"]["stages"]
+            sizes = ", ".join(f"{name} {stage['parameters']:,}" for name, stage in stages.items())
+            times = [run.document["training"].get("cpu_seconds") for run in runs]
+            shown = ", ".join("-" if t is None else f"{t:.0f}" for t in times)
+            lines.append([runs[0].document["title"], sizes, shown])
+        header = ["world", "parameters", "CPU seconds of each seed (-: not recorded)"]
+        return markdown(header, lines)
 
     def summary(self) -> str:
         """One line a world: the last cell's C2C, text, receiver, best control, and times."""
@@ -283,8 +283,11 @@ class Report:
                 times = {row["mode"]: row["median"] for row in rows if row["cell"] == last}
             shown = [f"{cell.count('c2c')} = {self._by_seed(world, cell.name)}"]
             shown.append(f"{cell.count('t2t')}" if "t2t" in cell.right else "")
-            parallel = f"{cell.count('t2t_parallel')}" if "t2t_parallel" in cell.right else ""
-            ms = [f"{times[mode]:.1f}" if mode in times else "" for mode in ("c2c", "t2t")]
+            side = [mode for mode in PARALLEL if mode in cell.right]
+            top = max(side, key=cell.count) if side else ""
+            parallel = f"{cell.count(top)}" if side else ""
+            timed = ("c2c", "t2t", top) if side else ("c2c", "t2t")
+            ms = [f"{times[mode]:.1f}" if mode in times else "" for mode in timed]
             lines.append(
                 [
                     f"{runs[0].document['title']} ({cell.name})",
@@ -297,8 +300,16 @@ class Report:
                     " / ".join(ms) if all(ms) else "",
                 ]
             )
-        header = ["world", "questions", "C2C", "T2T", "parallel text", "receiver", "best control"]
-        return markdown([*header, "T2T's tokens", "ms C2C / T2T"], lines)
+        header = [
+            "world",
+            "questions",
+            "C2C",
+            "T2T",
+            "best parallel text",
+            "receiver",
+            "best control",
+        ]
+        return markdown([*header, "T2T's tokens", "ms C2C / T2T / parallel"], lines)
 
     def timed(self, world: str) -> Run:
         """The run of the lowest seed that has times."""
@@ -313,11 +324,11 @@ class Report:
         for section in sections:
             runs = [self.timed(world)] if section == "latency" else self.worlds[world]
             runs = [run for run in runs if section in run.document]
-            said = {_environment(run.document[section]["environment"]) for run in runs}
+            said = _environments([run.document[section]["environment"] for run in runs])
             files = ", ".join(
                 f"[{run.path.name}](../benchmarks/results/evidence/{run.path.name})" for run in runs
             )
-            sentences.append(f"{section.capitalize()}: {'; '.join(sorted(said))}: {files}.")
+            sentences.append(f"{section.capitalize()}: {said}: {files}.")
         return "\n".join(sentences) + "\n"
 
     def drawings(self) -> dict[str, str]:
@@ -357,6 +368,17 @@ def _ordered(modes: set[str]) -> list[str]:
     return [*known[:place], *sorted(modes - set(known)), *known[place:]]
 
 
+def _against_text(cells: dict[str, Cell], which: str) -> str:
+    """McNemar's test of C2C and T2T, in every cell."""
+    found = []
+    for name, cell in cells.items():
+        if {"c2c", "t2t"} <= set(cell.right):
+            test = compare("c2c", "t2t", {m: b.tolist() for m, b in cell.right.items()})
+            p = _p(test.p) if test.p < 1e-300 else f"= {_p(test.p)}"
+            found.append(f"{name} {test.first_only} : {test.second_only} (p {p})")
+    return f"- Questions that only C2C : only T2T gets, {which}: {'; '.join(found)}."
+
+
 def _at_chance(cells: dict[str, Cell], which: str) -> str:
     """Jointly: by Bonferroni every control of every cell has an interval of its own."""
     tests = [(n, m, c) for n, c in cells.items() for m in AT_CHANCE if m in c.right]
@@ -375,12 +397,15 @@ def _at_chance(cells: dict[str, Cell], which: str) -> str:
     )
 
 
-def _environment(environment: dict[str, Any]) -> str:
-    return (
-        f"measured on {environment['date'][:10]} at {(environment['commit'] or 'no commit')[:7]}"
-        + (" and changes" if environment.get("dirty") else "")
-        + f", {environment['cpu']}, torch {environment['torch']}, "
-        + f"transformers {environment['transformers']}"
+def _environments(environments: Sequence[dict[str, Any]]) -> str:
+    """When, at which commits and on what."""
+    at: dict[str, list[str]] = {}
+    for one in environments:
+        machine = f"{one['cpu']}, torch {one['torch']}, transformers {one['transformers']}"
+        commit = (one["commit"] or "no commit")[:7] + (" and changes" if one.get("dirty") else "")
+        at.setdefault(f"{machine}, on {one['date'][:10]}", []).append(commit)
+    return "; ".join(
+        f"{machine} at {', '.join(dict.fromkeys(commits))}" for machine, commits in at.items()
     )
 
 

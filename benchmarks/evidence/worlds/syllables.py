@@ -14,7 +14,7 @@ from . import syllable_runs as runs
 from .syllable_training import Recipe
 
 NAME = "syllables"
-TITLE = "Values of two tokens: text takes several passes, the cache one"
+TITLE = "Values of two tokens"
 RECIPE = Recipe()
 
 
