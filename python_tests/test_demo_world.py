@@ -151,7 +151,8 @@ def test_shipped_fuser_was_trained_with_the_recipe_of_its_name() -> None:
     shipped = ASSETS / "seed0" / "fuser"
     assert load_recipe(shipped / "recipe.yaml") == RECIPES["tiny"]
     log = json.loads((shipped / "training_log.json").read_text())
-    assert log["recipe"] == RECIPES["tiny"].to_dict()
+    # What recipes learnt to say since then has its default.
+    assert RECIPES["published"].changed(log["recipe"]) == RECIPES["tiny"]
     assert log["steps"] == RECIPES["tiny"].max_steps
 
 

@@ -378,7 +378,9 @@ def test_copies_carry_no_packed_form(twin_of):
     twin = twin_of(fuser)
     assert pack(twin) is not packed
     assert pack(fuser) is packed
-    assert len(pickle.dumps(fuser)) == len(pickle.dumps(make_fuser()))
+    # Not to the byte: addresses in it have more or fewer digits.
+    sizes = [len(pickle.dumps(one)) for one in (fuser, make_fuser())]
+    assert abs(sizes[0] - sizes[1]) < 200 < sizes[1] // 10
     assert twin.config == fuser.config
     assert all(map(same_bits, flat(run_op(twin, base, sharer)), flat(expected)))
 
