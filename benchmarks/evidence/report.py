@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.evidence.outcomes import Cell, Run, read_runs
+from benchmarks.evidence.wording import (
+    AT_CHANCE,
+    LABELS,
+    PARALLEL,
+    against_text,
+    at_chance,
+    environments,
+    listed,
+    modes,
+    ordered,
+    p_value,
+    percent,
+)
 from benchmarks.tables import MARKED, markdown
 from c2c_ext.analysis.chart import Panel, bar_chart, line_chart
-from c2c_ext.demo.evaluate import chance_interval
 from c2c_ext.evaluation.statistics import compare, verdict, wilson_interval
 from c2c_ext.measure import write_text
 
@@ -21,43 +31,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "evidence"
 DOCUMENT = ROOT / "docs" / "evidence.md"
 CONFIRMATION = 3  # the first seed that is not one of those that are added up
 
-LABELS = {
-    "receiver": "receiver alone",
-    "sharer": "sharer alone",
-    "sharer_a": "sharer A alone",
-    "sharer_b": "sharer B alone",
-    "routing": "routing by confidence",
-    "ensemble": "logit ensemble",
-    "t2t": "T2T: the sharer writes, the receiver reads",
-    "t2t_parallel": "parallel text: read off one prefill",
-    "t2t_passes": "text of all slots side by side, a pass per token",
-    "t2t_heads": "text read off one prefill by extra heads",
-    "t2t_asked": "T2T of a sharer that sees the question",
-    "t2t_a": "T2T of sharer A",
-    "t2t_b": "T2T of sharer B",
-    "c2c": "**C2C**",
-    "c2c_sequential": "C2C, one sharer after the other",
-    "c2c_everywhere": "C2C, both sharers at all attributes",
-    "c2c_everywhere_a_b": "C2C, all attributes, A then B",
-    "c2c_everywhere_b_a": "C2C, all attributes, B then A",
-    "c2c_joint": "C2C, fusers trained together",
-    "c2c_a": "C2C, sharer A only",
-    "c2c_b": "C2C, sharer B only",
-    "wrong_map": "token map shifted by a word",
-    "index_map": "token map by index, as if tokens were the same",
-    "mismatched": "control: another question's cache",
-    "mismatched_a": "another question's cache of sharer A only",
-    "mismatched_b": "another question's cache of sharer B only",
-    "zero": "control: a cache of zeros",
-    "noise": "control: noise of equal norm",
-    "identical": "control: the receiver as its own sharer",
-    "swapped": "another entity's cache: says that entity's fact",
-    "swapped_a": "another entity's cache of A: says that answer",
-    "swapped_b": "another entity's cache of B: says that answer",
-}
-# Text that is read off in parallel, the faster first.
-PARALLEL = ("t2t_parallel", "t2t_heads", "t2t_passes")
-AT_CHANCE = ("receiver", "mismatched", "zero", "noise", "identical")
 BUDGET = re.compile(r"(.*), (\d+) facts? written")  # cells of T2T that stops early
 
 
@@ -132,7 +105,7 @@ class Report:
         """Right answers of every mode in every cell: seeds added up / the fresh seed."""
         cells, fresh = self.main_cells(world), self.main_cells(world, confirmation=True)
         lines = []
-        for mode in _modes(cells.values()):
+        for mode in modes(cells.values()):
             line = [LABELS.get(mode, mode)]
             for name, cell in cells.items():
                 counts = [str(cell.count(mode)) if mode in cell.right else ""]
@@ -145,9 +118,9 @@ class Report:
         first = next(iter(cells.values()))
         added = [run.seed for run in self.worlds[world] if run.seed < CONFIRMATION]
         new = [run.seed for run in self.worlds[world] if run.seed >= CONFIRMATION]
-        said = f"Right answers of {first.questions:,} (seeds {_listed(added)}"
+        said = f"Right answers of {first.questions:,} (seeds {listed(added)}"
         if fresh:
-            said += f") / of {next(iter(fresh.values())).questions:,} (fresh: {_listed(new)}"
+            said += f") / of {next(iter(fresh.values())).questions:,} (fresh: {listed(new)}"
         said += f"); guessing is right one time in {first.candidates}.\n\n"
         return said + markdown(["", *cells], lines) + "\n" + self.where(world, "accuracy")
 
@@ -161,17 +134,17 @@ class Report:
         """Of the last cell: counts with intervals, and McNemar's test against C2C."""
         cell = list(self.main_cells(world).values())[-1]
         lines = []
-        for mode in _modes([cell]):
+        for mode in modes([cell]):
             right = cell.count(mode)
             low, high = wilson_interval(right, cell.questions)
-            line = [LABELS.get(mode, mode), f"{right}", _percent(right / cell.questions)]
-            line.append(f"{_percent(low)} to {_percent(high)}")
+            line = [LABELS.get(mode, mode), f"{right}", percent(right / cell.questions)]
+            line.append(f"{percent(low)} to {percent(high)}")
             if mode in ("c2c", "swapped"):
                 line += ["", ""]
             else:
                 test = compare("c2c", mode, {m: b.tolist() for m, b in cell.right.items()})
                 line.append(f"{test.first_only} : {test.second_only}")
-                line.append(_p(test.p))
+                line.append(p_value(test.p))
             written = cell.written.get(mode)
             lines.append([*line, "" if written is None else f"{written:g}"])
         header = ["", f"of {cell.questions:,}", "share", "95% interval"]
@@ -196,7 +169,7 @@ class Report:
             )
         for confirmation, which in ((False, "the seeds added up"), (True, "the fresh seed")):
             if cells := self.main_cells(world, confirmation=confirmation):
-                sentences += [_against_text(cells, which), _at_chance(cells, which)]
+                sentences += [against_text(cells, which), at_chance(cells, which)]
         return "\n".join(sentences) + "\n"
 
     def latency(self, world: str) -> str:
@@ -204,7 +177,7 @@ class Report:
         run = self.timed(world)
         rows = [row for row in run.latency if not BUDGET.fullmatch(row["cell"])]
         cells = list(dict.fromkeys(row["cell"] for row in rows))
-        modes = _ordered({row["mode"] for row in rows})
+        modes = ordered({row["mode"] for row in rows})
         at = {(row["mode"], row["cell"]): row for row in rows}
         lines = []
         for mode in modes:
@@ -324,7 +297,7 @@ class Report:
         for section in sections:
             runs = [self.timed(world)] if section == "latency" else self.worlds[world]
             runs = [run for run in runs if section in run.document]
-            said = _environments([run.document[section]["environment"] for run in runs])
+            said = environments([run.document[section]["environment"] for run in runs])
             files = ", ".join(
                 f"[{run.path.name}](../benchmarks/results/evidence/{run.path.name})" for run in runs
             )
@@ -337,7 +310,7 @@ class Report:
         for world, runs in self.worlds.items():
             cell = list(self.main_cells(world).values())[-1]
             title = f"{runs[0].document['title']}: right of {cell.questions:,} ({cell.name})"
-            bars = [(LABELS.get(m, m).strip("*"), cell.count(m)) for m in _modes([cell])]
+            bars = [(LABELS.get(m, m).strip("*"), cell.count(m)) for m in modes([cell])]
             note = f"guessing: {cell.questions / cell.candidates:.0f}; {world}_seed*.json"
             found[f"{world}.svg"] = bar_chart(title, note, bars)
             if any(BUDGET.fullmatch(name) for name in self.cells(world)):
@@ -356,69 +329,6 @@ class Report:
             lines.setdefault(name.partition(":")[0], []).append((ms, right / of))
         panel = Panel("share of right answers", "milliseconds", lines, 0.0, 1.0, joined=False)
         return line_chart("Accuracy at equal time", f"{world}_seed*.json", [panel])
-
-
-def _modes(cells: Any) -> list[str]:
-    return _ordered({mode for cell in cells for mode in cell.right})
-
-
-def _ordered(modes: set[str]) -> list[str]:
-    known = [mode for mode in LABELS if mode in modes]
-    place = known.index("c2c") + 1 if "c2c" in known else len(known)
-    return [*known[:place], *sorted(modes - set(known)), *known[place:]]
-
-
-def _against_text(cells: dict[str, Cell], which: str) -> str:
-    """McNemar's test of C2C and T2T, in every cell."""
-    found = []
-    for name, cell in cells.items():
-        if {"c2c", "t2t"} <= set(cell.right):
-            test = compare("c2c", "t2t", {m: b.tolist() for m, b in cell.right.items()})
-            p = _p(test.p) if test.p < 1e-300 else f"= {_p(test.p)}"
-            found.append(f"{name} {test.first_only} : {test.second_only} (p {p})")
-    return f"- Questions that only C2C : only T2T gets, {which}: {'; '.join(found)}."
-
-
-def _at_chance(cells: dict[str, Cell], which: str) -> str:
-    """Jointly: by Bonferroni every control of every cell has an interval of its own."""
-    tests = [(n, m, c) for n, c in cells.items() for m in AT_CHANCE if m in c.right]
-    level = 1 - 0.05 / len(tests)
-    astray, spans = [], set()
-    for name, mode, cell in tests:
-        low, high = chance_interval(cell.questions, level, cell.candidates)
-        spans.add((low, high))
-        if not low <= cell.count(mode) <= high:
-            astray.append(f"{mode} ({name}): {cell.count(mode)}")
-    inside = " or ".join(f"{low} to {high}" for low, high in sorted(spans))
-    outside = f"outside are {'; '.join(astray)}" if astray else "all are"
-    return (
-        f"- Who knows nothing ({', '.join(dict.fromkeys(m for _, m, _ in tests))}: {len(tests)} "
-        f"counts of {which}) must be within {inside}, in 95% of cases all at once: {outside}."
-    )
-
-
-def _environments(environments: Sequence[dict[str, Any]]) -> str:
-    """When, at which commits and on what."""
-    at: dict[str, list[str]] = {}
-    for one in environments:
-        machine = f"{one['cpu']}, torch {one['torch']}, transformers {one['transformers']}"
-        commit = (one["commit"] or "no commit")[:7] + (" and changes" if one.get("dirty") else "")
-        at.setdefault(f"{machine}, on {one['date'][:10]}", []).append(commit)
-    return "; ".join(
-        f"{machine} at {', '.join(dict.fromkeys(commits))}" for machine, commits in at.items()
-    )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
-def _p(p: float) -> str:
-    return f"{p:.2g}" if p >= 1e-300 else "< 1e-300"
-
-
-def _listed(seeds: Sequence[int]) -> str:
-    return ", ".join(map(str, seeds))
 
 
 def filled(text: str, report: Report) -> str:
