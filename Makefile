@@ -108,7 +108,7 @@ evidence-quick: $(VENV)/.built
 	$(EVIDENCE) compare build/evidence_quick/results
 	$(EVIDENCE) report
 
-# Every pair from scratch, every table and drawing (one to two hours on two cores).
+# Every pair from scratch, every table and drawing (an hour or two on two cores, by estimate).
 evidence: $(VENV)/.built
 	rm -rf build/evidence
 	$(EVIDENCE) run --jobs 2

@@ -28,7 +28,6 @@ LABELS = {
     "c2c_everywhere": "C2C, both sharers at all attributes",
     "c2c_everywhere_a_b": "C2C, all attributes, A then B",
     "c2c_everywhere_b_a": "C2C, all attributes, B then A",
-    "c2c_joint": "C2C, fusers trained together",
     "c2c_a": "C2C, sharer A only",
     "c2c_b": "C2C, sharer B only",
     "wrong_map": "token map shifted by a word",

@@ -176,20 +176,27 @@ def question(kinds: Tensor, attributes: Tensor) -> Tensor:
 def make_world(seed: int) -> World:
     """The world of a seed, the same on every machine and with every version."""
     draw = random.Random(seed)
-    names = tuple(_shuffled(NAMES, draw))
+    names = tuple(shuffled(NAMES, draw))
+    facts, rivals = draw_tables(draw, NUM_ATTRIBUTES)
+    return World(seed, names, facts, rivals)
+
+
+def draw_tables(draw: random.Random, attributes: int) -> tuple[Tensor, Tensor]:
+    """Facts [240, attributes], balanced within either split, and rivals [attributes, 8], cycles."""
     columns = []
-    for _ in ATTRIBUTES:
+    for _ in range(attributes):
         column: list[int] = []
         for split in (NUM_TRAIN, NUM_HELD_OUT):
-            column += _shuffled([i % NUM_VALUES for i in range(split)], draw)
+            column += shuffled([i % NUM_VALUES for i in range(split)], draw)
         columns.append(column)
     rivals = []
-    for _ in ATTRIBUTES:
-        cycle = _shuffled(range(NUM_VALUES), draw)
+    for _ in range(attributes):
+        cycle = shuffled(range(NUM_VALUES), draw)
         rivals.append([cycle[(cycle.index(v) + 1) % NUM_VALUES] for v in range(NUM_VALUES)])
-    return World(seed, names, torch.tensor(columns).T.contiguous(), torch.tensor(rivals))
+    return torch.tensor(columns).T.contiguous(), torch.tensor(rivals)
 
 
-def _shuffled(items: Iterable, draw: random.Random) -> list:
+def shuffled(items: Iterable, draw: random.Random) -> list:
+    """In an order that the draw gives."""
     # Of all the generators at hand only random.random() promises one stream for all versions.
     return [item for _, item in sorted([(draw.random(), item) for item in items])]

@@ -156,20 +156,6 @@ def make_world(seed: int) -> World:
     """The world of a seed, the same on every machine and with every version."""
     draw = random.Random(seed)
     pairs = itertools.permutations(range(len(SYLLABLES)), 2)
-    names = torch.tensor(_shuffled(pairs, draw))
-    columns = []
-    for _ in ATTRIBUTES:
-        column: list[int] = []
-        for split in (NUM_TRAIN, NUM_HELD_OUT):
-            column += _shuffled([i % NUM_VALUES for i in range(split)], draw)
-        columns.append(column)
-    rivals = []
-    for _ in ATTRIBUTES:
-        cycle = _shuffled(range(NUM_VALUES), draw)
-        rivals.append([cycle[(cycle.index(v) + 1) % NUM_VALUES] for v in range(NUM_VALUES)])
-    return World(seed, names, torch.tensor(columns).T.contiguous(), torch.tensor(rivals))
-
-
-def _shuffled(items: Iterable, draw: random.Random) -> list:
-    # Of all the generators at hand only random.random() promises one stream for all versions.
-    return [item for _, item in sorted([(draw.random(), item) for item in items])]
+    names = torch.tensor(forms.shuffled(pairs, draw))
+    facts, rivals = forms.draw_tables(draw, len(ATTRIBUTES))
+    return World(seed, names, facts, rivals)

@@ -136,9 +136,9 @@ def decode(ids: Tensor) -> str:
 def make_world(seed: int) -> TwoSharerWorld:
     """The world of a seed, the same on every machine and with every version."""
     draw = random.Random(f"two sharers {seed}")
-    names = tuple(_shuffled(w.NAMES, draw))
+    names = tuple(w.shuffled(w.NAMES, draw))
     facts = _block(draw) + _block(draw)
-    numbers = [_shuffled(range(w.NUM_VALUES), draw) for _ in w.ATTRIBUTES]
+    numbers = [w.shuffled(range(w.NUM_VALUES), draw) for _ in w.ATTRIBUTES]
     return TwoSharerWorld(seed, names, torch.tensor(facts), torch.tensor(numbers))
 
 
@@ -161,20 +161,15 @@ def _block(draw: random.Random) -> list[list[int]]:
                 used |= span
                 if len(functions) == w.NUM_ATTRIBUTES:
                     break
-    values = [_shuffled(range(w.NUM_VALUES), draw) for _ in w.ATTRIBUTES]
+    values = [w.shuffled(range(w.NUM_VALUES), draw) for _ in w.ATTRIBUTES]
     return [
         [
             value_of[sum(_parity(vector & f) << bit for bit, f in enumerate(three))]
             for three, value_of in zip(functions, values, strict=True)
         ]
-        for vector in _shuffled(range(ENTITIES), draw)
+        for vector in w.shuffled(range(ENTITIES), draw)
     ]
 
 
 def _parity(number: int) -> int:
     return bin(number).count("1") % 2
-
-
-def _shuffled(items, draw: random.Random) -> list:
-    # Of all the generators at hand only random.random() promises one stream for all versions.
-    return [item for _, item in sorted([(draw.random(), item) for item in items])]
